@@ -1,0 +1,49 @@
+"""LoRA for any JAX function: a pytree transform and a function transform."""
+
+from jaxlora import initializers, optim
+from jaxlora._apply import lora_apply
+from jaxlora._config import LoraConfig
+from jaxlora._errors import MaterializeError, RolesError, TargetError
+from jaxlora._init import init
+from jaxlora._roles import TracedRoles, trace_roles
+from jaxlora._tree import (
+    ParamCount,
+    base_params,
+    combine,
+    count_params,
+    merge,
+    partition,
+    summary,
+    trainable_mask,
+    with_scale,
+)
+from jaxlora._weight import FullWeight, LoraWeight, delta
+from jaxlora.optim import freeze_base
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FullWeight",
+    "LoraConfig",
+    "LoraWeight",
+    "MaterializeError",
+    "ParamCount",
+    "RolesError",
+    "TargetError",
+    "TracedRoles",
+    "base_params",
+    "combine",
+    "count_params",
+    "delta",
+    "freeze_base",
+    "init",
+    "initializers",
+    "lora_apply",
+    "merge",
+    "optim",
+    "partition",
+    "summary",
+    "trace_roles",
+    "trainable_mask",
+    "with_scale",
+]

@@ -1,0 +1,43 @@
+"""What differs between JAX versions, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import source_info_util
+from jax.extend.core import JaxprEqn, Literal
+
+__all__ = ["Literal", "bind", "eqn_context", "is_specified", "source_line", "split_jaxpr"]
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Runs an equation as it is, on other values; always returns a list."""
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def split_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """(jaxpr, its constants), of an open or a closed jaxpr: since JAX 0.12 they are one class."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return inner, list(getattr(jaxpr, "consts", ()))
+
+
+@contextlib.contextmanager
+def eqn_context(eqn: JaxprEqn):
+    """The equation's own source line, name scopes and context (compute_on, meshes, ...)."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """`file.py:12:8 (function)`: where the user wrote this equation."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def is_specified(sharding: Any) -> bool:
+    """Whether a jit equation's sharding was given by the user."""
+    return type(sharding).__name__ != "UnspecifiedValue"

@@ -1,0 +1,109 @@
+"""`LoraConfig`: which leaves train, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import jax.numpy as jnp
+
+from jaxlora import _paths
+from jaxlora._errors import TargetError
+from jaxlora.initializers import Initializer, kaiming_uniform
+
+T = TypeVar("T")
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Which leaves train, and how. Its patterns mean what PEFT's do.
+
+    A pattern is a str, a regex that must match a leaf's whole path ("encoder/.*/query/kernel"); a
+    sequence of names, each the path or its trailing segments, with or without the leaf's own name
+    ("query" finds ".../query/kernel", not its bias); or a function of (path, leaf). A path is the
+    leaf's keys joined by '/'; a leading `params/` may be left out. What matches nothing raises.
+
+    Attributes:
+      targets: the weights that get an adapter; or "all-linear", every weight that the traced model
+        uses in matmuls alone (`init` then needs `roles=trace_roles(...)`).
+      rank: R, the rank of the adapters.
+      alpha: scale = alpha / rank; None: alpha = rank, scale 1.
+      rank_stabilized: scale = alpha / sqrt(rank) instead.
+      exclude: a pattern of weights to leave out of the targets.
+      rank_pattern, alpha_pattern: {regex of the trailing segments of a path: rank or alpha}; the
+        first that matches wins.
+      train: a pattern of leaves that train in full: norms, a new head. A name also stands for
+        everything below it ("classifier").
+      bias: "none"; "all" trains every bias; "lora_only" those beside an adapted weight. A bias is a
+        leaf called `bias` or `b`.
+      initializer: fills a and b; see `jaxlora.initializers`.
+      dtype: of a and b.
+      roles: {regex of the trailing segments of a path: roles}; wins over traced ones.
+
+    Raises:
+      TargetError: a rank below 1, or an alpha that is not a positive number.
+
+    >>> LoraConfig(rank=8, alpha=16, targets=["query", "value"]).scale("encoder/query/kernel")
+    2.0
+
+    References:
+      Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1 (alpha / rank).
+      Kalajdzievski 2023, rsLoRA, arXiv 2312.03732, section 3 (alpha / sqrt(rank)).
+    """
+
+    targets: _paths.Pattern
+    rank: int = 8
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    exclude: _paths.Pattern | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    train: _paths.Pattern | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    initializer: Initializer = kaiming_uniform
+    dtype: Any = jnp.float32
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, rank in (("rank", self.rank), *self.rank_pattern.items()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise TargetError(
+                    f"LoraConfig: got rank {rank!r} ({name}), expected an integer of at least 1, "
+                    "for instance LoraConfig(rank=8, ...)."
+                )
+        for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
+            if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+                raise TargetError(
+                    f"LoraConfig: got alpha {alpha!r} ({name}), expected a positive number, or "
+                    "None for alpha = rank. For another strength: jaxlora.with_scale(lora, scale)."
+                )
+        if self.bias not in ("none", "all", "lora_only"):
+            raise TargetError(
+                f"LoraConfig: got bias {self.bias!r}, expected 'none', 'all' or 'lora_only'."
+            )
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TargetError(
+                f"LoraConfig: got dtype {self.dtype}, expected a floating-point type."
+            )
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the adapter at a path."""
+        return _first(self.rank_pattern, path, self.rank)
+
+    def scale(self, path: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) when rank_stabilized: the one place that says so."""
+        rank = self.rank_of(path)
+        alpha = _first(self.alpha_pattern, path, self.alpha)
+        alpha = rank if alpha is None else alpha
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def roles_of(self, path: str) -> str | None:
+        """The roles that this config declares for a path."""
+        return _first(self.roles, path, None)
+
+
+def _first(table: Mapping[str, T], path: str, default: T) -> T:
+    return next((v for key, v in table.items() if _paths.matches_key(path, key)), default)

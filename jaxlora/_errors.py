@@ -1,0 +1,13 @@
+"""The three ways in which a request can be wrong. All are ValueErrors."""
+
+
+class TargetError(ValueError):
+    """A pattern that matches nothing, or a leaf that cannot carry an adapter."""
+
+
+class RolesError(ValueError):
+    """The roles of a weight's dimensions are missing, malformed, or contradict its use."""
+
+
+class MaterializeError(ValueError):
+    """A use of an adapted weight that would have to form W + BA."""

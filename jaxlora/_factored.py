@@ -1,0 +1,710 @@
+"""A weight under interpretation: an array plus low-rank terms, moved and contracted, never summed.
+
+`Labelled` arrays are the whole trick. Each axis of a term's factors names the dimension of W that
+it spans (or `RANK`), so that transposing W relabels its factors, slicing W slices the factors that
+span the sliced dimension, and a contraction reads off the labels which factor to contract first.
+
+A `Move` is one structural primitive seen dimension by dimension. The same move carries the factors
+of a `Factored` and the labels of a `Probe` (which has no factors and only records how it is used).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlora._errors import RolesError
+from jaxlora._weight import LoraWeight
+
+RANK = -1
+Dims: TypeAlias = tuple[int, ...]
+
+
+class Unfactorable(Exception):
+    """This move or use has no factored form; its text says why."""
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labelled:
+    """An array whose axes carry labels: dims of W, or RANK."""
+
+    array: Any
+    dims: Dims
+
+    def tree_flatten(self):
+        return (self.array,), self.dims
+
+    @classmethod
+    def tree_unflatten(cls, dims, children):
+        return cls(children[0], dims)
+
+    def relabel(self, new: Callable[[int], int]) -> Labelled:
+        return Labelled(self.array, tuple(d if d == RANK else new(d) for d in self.dims))
+
+
+def contract(x: Labelled, y: Labelled, out: Sequence[Any], precision: Any) -> Labelled:
+    """Sums over the labels that x and y share and `out` lacks; one dot_general."""
+    shared = [d for d in x.dims if d in y.dims]
+    batch = [d for d in shared if d in out]
+    summed = [d for d in shared if d not in out]
+    dnums = (
+        ([x.dims.index(d) for d in summed], [y.dims.index(d) for d in summed]),
+        ([x.dims.index(d) for d in batch], [y.dims.index(d) for d in batch]),
+    )
+    free = [d for d in (*x.dims, *y.dims) if d not in shared]
+    array = lax.dot_general(x.array, y.array, dnums, precision=precision)
+    got = (*batch, *free)
+    order = [got.index(d) for d in out]
+    if order != list(range(len(order))):
+        array = lax.transpose(array, order)
+    return Labelled(array, tuple(out))
+
+
+# --------------------------------------------------------------------------------------------------
+# Moves: structural primitives, dimension by dimension.
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """What a structural primitive does to the dims of W and to an array that spans some of them.
+
+    Attributes:
+      sources: for each output dim, the input dims that it is made of (none for a new dim).
+      apply: the primitive on one labelled array, restricted to the dims that it spans.
+      picked: dims of which one index is picked: gathered or sliced down to one.
+      changed: dims whose content changes, so that a window on them cannot be kept.
+    """
+
+    sources: tuple[tuple[int, ...], ...]
+    apply: Callable[[Labelled], Labelled]
+    picked: frozenset[int] = frozenset()
+    changed: frozenset[int] = frozenset()
+
+    def lone(self, d: int) -> int | None:
+        """The output dim that is dim d as it was and nothing else; None if there is no such."""
+        found = [j for j, s in enumerate(self.sources) if d in s]
+        same = len(found) == 1 and self.sources[found[0]] == (d,) and d not in self.changed
+        return found[0] if same else None
+
+    def on_term(self, term: Term) -> Term | None:
+        """Carries a term; None if nothing is left of it."""
+        term = term.filled(d for d, _ in term.window if self.lone(d) is None)
+        return term.each(self.apply, {self.lone(d): span for d, span in term.window})
+
+
+def relabelling(sources: tuple[tuple[int, ...], ...], drop: frozenset[int] = frozenset()) -> Move:
+    """A move that renames dims and squeezes the unit dims in `drop`; no data moves."""
+    new = {s[0]: j for j, s in enumerate(sources) if s}
+
+    def apply(f: Labelled) -> Labelled:
+        axes = tuple(k for k, d in enumerate(f.dims) if d in drop)
+        array = lax.squeeze(f.array, axes) if axes else f.array
+        return Labelled(array, tuple(d for d in f.dims if d not in drop)).relabel(new.__getitem__)
+
+    return Move(sources, apply)
+
+
+def transpose(permutation: Sequence[int]) -> Move:
+    return relabelling(tuple((p,) for p in permutation))
+
+
+def squeeze(ndim: int, drop: Iterable[int]) -> Move:
+    dropped = frozenset(drop)
+    return relabelling(tuple((d,) for d in range(ndim) if d not in dropped), dropped)
+
+
+def broadcast_in_dim(shape: Sequence[int], out: Sequence[int], dims: Sequence[int]) -> Move:
+    """Dims that grow from 1 to n are absent from the factors: their delta is the same all along."""
+    sources = tuple((dims.index(j),) if j in dims else () for j in range(len(out)))
+    grown = frozenset(d for d, j in enumerate(dims) if shape[d] != out[j])
+    move = relabelling(tuple(() if set(s) & grown else s for s in sources), grown)
+    return dataclasses.replace(move, sources=sources)
+
+
+def reshape(shape: Sequence[int], out: Sequence[int]) -> Move:
+    """Splits and fuses dims within groups; a factor must span all of a fused group or none of it.
+
+    Unit dims are in no group: factors lose theirs and the delta is broadcast along new ones.
+    """
+    if math.prod(shape) == 0:
+        raise Unfactorable("it reshapes an empty array")
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(shape) or j < len(out):
+        ins, outs, n, m = [], [], 1, 1
+        while n != m or not (ins or outs):
+            if n <= m and i < len(shape):
+                n, i = n * shape[i], i + 1
+                if shape[i - 1] != 1:
+                    ins.append(i - 1)
+            elif j < len(out):
+                m, j = m * out[j], j + 1
+                if out[j - 1] != 1:
+                    outs.append(j - 1)
+            else:
+                break
+        groups.append((ins, outs))
+    units = frozenset(d for d, n in enumerate(shape) if n == 1)
+    sources: list[tuple[int, ...]] = [()] * len(out)
+    for ins, outs in groups:
+        for k in outs:
+            sources[k] = tuple(ins)
+
+    def apply(f: Labelled) -> Labelled:
+        axes = tuple(k for k, d in enumerate(f.dims) if d in units)
+        array, dims = lax.squeeze(f.array, axes), [d for d in f.dims if d not in units]
+        for ins, outs in groups:
+            held = [d for d in ins if d in dims]
+            if not held:
+                continue
+            if held != ins:
+                raise Unfactorable("it fuses input dims with output dims")
+            at = dims.index(ins[0])
+            rest = [d for d in dims if d not in ins]
+            order = [*rest[:at], *ins, *rest[at:]]
+            array = lax.transpose(array, [dims.index(d) for d in order])
+            sizes = [out[k] for k in outs]
+            array = array.reshape(*array.shape[:at], *sizes, *array.shape[at + len(ins) :])
+            # Output dims are marked apart (as ~k) until all groups are done.
+            dims = [*rest[:at], *(-2 - k for k in outs), *rest[at:]]
+        return Labelled(array, tuple(d if d == RANK else -2 - d for d in dims))
+
+    return Move(tuple(sources), apply)
+
+
+def cut(starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Move:
+    """A static slice of each dim; a window is cut with it, and may vanish."""
+
+    class Cut(Move):
+        def on_term(self, term: Term) -> Term | None:
+            term = term.filled(d for d, _ in term.window if strides[d] != 1)
+            lo, hi = list(starts), list(limits)
+            window = {}
+            for d, (start, _) in term.window:
+                first, last = max(starts[d], start), min(limits[d], start + term.size(d))
+                if first >= last:
+                    return None
+                lo[d], hi[d] = first - start, last - start
+                if last - first < limits[d] - starts[d]:
+                    window[d] = (first - starts[d], limits[d] - starts[d])
+
+            def apply(f: Labelled) -> Labelled:
+                bounds = [
+                    (0, n, 1) if d == RANK else (lo[d], hi[d], strides[d])
+                    for d, n in zip(f.dims, f.array.shape, strict=True)
+                ]
+                return Labelled(lax.slice(f.array, *zip(*bounds, strict=True)), f.dims)
+
+            return term.each(lambda f: apply(f) if f.dims else f, window)
+
+    picked = frozenset(
+        d for d, (lo, hi) in enumerate(zip(starts, limits, strict=True)) if hi - lo == 1
+    )
+    return Cut(tuple((d,) for d in range(len(starts))), lambda f: f, picked)
+
+
+def dynamic_slice(starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]) -> Move:
+    def apply(f: Labelled) -> Labelled:
+        start = [0 if d == RANK else starts[d] for d in f.dims]
+        size = [n if d == RANK else sizes[d] for d, n in zip(f.dims, f.array.shape, strict=True)]
+        return Labelled(lax.dynamic_slice(f.array, start, size), f.dims)
+
+    picked = frozenset(d for d, n in enumerate(sizes) if n == 1 and shape[d] != 1)
+    changed = frozenset(d for d, n in enumerate(sizes) if n != shape[d])
+    return Move(tuple((d,) for d in range(len(sizes))), apply, picked, changed)
+
+
+def reverse(ndim: int, flipped: Iterable[int]) -> Move:
+    flip = frozenset(flipped)
+
+    def apply(f: Labelled) -> Labelled:
+        return Labelled(lax.rev(f.array, [k for k, d in enumerate(f.dims) if d in flip]), f.dims)
+
+    return Move(tuple((d,) for d in range(ndim)), apply, changed=flip)
+
+
+def pad(config: Sequence[tuple[int, int, int]]) -> Move:
+    """The factors are padded with zeros, whatever W is padded with: the delta is zero there."""
+
+    def apply(f: Labelled) -> Labelled:
+        padding = [(0, 0, 0) if d == RANK else config[d] for d in f.dims]
+        return Labelled(lax.pad(f.array, jnp.zeros((), f.array.dtype), padding), f.dims)
+
+    changed = frozenset(d for d, widths in enumerate(config) if any(widths))
+    return Move(tuple((d,) for d in range(len(config))), apply, changed=changed)
+
+
+def gather(
+    dn: lax.GatherDimensionNumbers,
+    sizes: Sequence[int],
+    indices: Any,
+    shape: Sequence[int],
+    params: dict[str, Any],
+) -> Move:
+    """Each factor is gathered along the indexed dims that it spans, if any."""
+    out_ndim = len(dn.offset_dims) + indices.ndim - 1
+    batch_out = [j for j in range(out_ndim) if j not in dn.offset_dims]
+    paired = dict(zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True))
+    dropped = {*dn.collapsed_slice_dims, *paired}
+    kept = [d for d in range(len(sizes)) if d not in dropped]
+    offset_of = dict(zip(kept, dn.offset_dims, strict=True))
+    picked = frozenset(d for d in dn.start_index_map if sizes[d] == 1 and shape[d] != 1)
+
+    sources: list[tuple[int, ...]] = [()] * out_ndim
+    for d, j in offset_of.items():
+        sources[j] = (d,)
+    for k, j in enumerate(batch_out):
+        pairs = tuple(d for d, axis in paired.items() if axis == k)
+        sources[j] = pairs or tuple(sorted(picked))
+
+    def apply(f: Labelled) -> Labelled:
+        indexed = [c for c, d in enumerate(dn.start_index_map) if d in f.dims]
+        axis = {d: k for k, d in enumerate(f.dims)}
+        size = [n if d == RANK else sizes[d] for d, n in zip(f.dims, f.array.shape, strict=True)]
+        offsets = [d for d in f.dims if d == RANK or d in offset_of]
+        labels = [d if d == RANK else offset_of[d] for d in offsets]
+        if not indexed:
+            # Batch dims pair with batch dims of the indices and stay whole; slices start at 0.
+            whole = [
+                n if d in paired else s for d, n, s in zip(f.dims, f.array.shape, size, strict=True)
+            ]
+            array = lax.slice(f.array, [0] * len(whole), whole)
+            ones = tuple(k for k, d in enumerate(f.dims) if d in dn.collapsed_slice_dims)
+            left = [d for d in f.dims if d not in dn.collapsed_slice_dims]
+            new = {d: batch_out[k] for d, k in paired.items()} | offset_of
+            return Labelled(lax.squeeze(array, ones), tuple(left)).relabel(new.__getitem__)
+        batching = [d for d in paired if d in f.dims]
+        partial = len(indexed) < len(dn.start_index_map)
+        array = lax.gather(
+            f.array,
+            jnp.stack([indices[..., c] for c in indexed], axis=-1) if partial else indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(indices.ndim - 1, indices.ndim - 1 + len(offsets))),
+                collapsed_slice_dims=tuple(
+                    sorted(axis[d] for d in dn.collapsed_slice_dims if d in f.dims)
+                ),
+                start_index_map=tuple(axis[dn.start_index_map[c]] for c in indexed),
+                operand_batching_dims=tuple(axis[d] for d in batching),
+                start_indices_batching_dims=tuple(paired[d] for d in batching),
+            ),
+            slice_sizes=[1 if d in paired else s for d, s in zip(f.dims, size, strict=True)],
+            mode=params["mode"],
+            # Out-of-bounds rows are NaN if W's are, else the delta is zero there.
+            fill_value=None if params.get("fill_value") is None else _fill(params["fill_value"]),
+            indices_are_sorted=params["indices_are_sorted"] and not partial,
+            unique_indices=False,
+        )
+        return Labelled(array, (*batch_out, *labels))
+
+    changed = {*dn.start_index_map, *(d for d, n in enumerate(sizes) if n != shape[d])}
+    return Move(tuple(sources), apply, picked, frozenset(changed))
+
+
+def _fill(value: Any) -> Any:
+    return value if value != value else 0  # NaN stays NaN
+
+
+# --------------------------------------------------------------------------------------------------
+# The weight
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+    """One low-rank term: scale * sum_r a b, over a window of W's dims.
+
+    Attributes:
+      a, b: factors; a dim of W spanned by both is stacked, by a alone an input, by b alone an
+        output, by neither constant (unit and broadcast dims).
+      scale: over stacked dims, float32.
+      window: {dim: (start, size of W's dim)} for dims of which the term covers only a part, as in a
+        concatenation of weights; as sorted items, to be hashable.
+    """
+
+    a: Labelled
+    b: Labelled
+    scale: Labelled
+    window: tuple[tuple[int, tuple[int, int]], ...] = ()
+
+    def tree_flatten(self):
+        return (self.a, self.b, self.scale), self.window
+
+    @classmethod
+    def tree_unflatten(cls, window, children):
+        return cls(*children, window)
+
+    @property
+    def factors(self) -> tuple[Labelled, Labelled, Labelled]:
+        return self.a, self.b, self.scale
+
+    def size(self, d: int) -> int:
+        """How much of dim d the term covers; 1 where it is constant."""
+        for f in self.factors:
+            if d in f.dims:
+                return f.array.shape[f.dims.index(d)]
+        return 1
+
+    def each(self, f: Callable[[Labelled], Labelled], window: dict | None = None) -> Term:
+        kept = self.window if window is None else tuple(sorted(window.items()))
+        return Term(f(self.a), f(self.b), f(self.scale), kept)
+
+    def filled(self, dims: Iterable[int]) -> Term:
+        """The same term with no window on `dims`: its factors padded with zeros."""
+        window, term = dict(self.window), self
+        for d in dims:
+            if d not in window:
+                continue
+            start, total = window.pop(d)
+            if not any(d in f.dims for f in term.factors):
+                unit = Labelled(term.a.array[None], (d, *term.a.dims))
+                term = dataclasses.replace(term, a=unit)
+            widths = (start, total - start - term.size(d), 0)
+
+            def padded(f: Labelled, d=d, widths=widths) -> Labelled:
+                config = [widths if e == d else (0, 0, 0) for e in f.dims]
+                return Labelled(lax.pad(f.array, jnp.zeros((), f.array.dtype), config), f.dims)
+
+            term = term.each(padded, window)
+        return term
+
+    def value(self, shape: Sequence[int], dtype: Any, precision: Any) -> jax.Array:
+        """scale * a b as an array of `shape`; only for looked-up rows, and on request."""
+        dims = tuple(d for d in range(len(shape)) if d in self.a.dims or d in self.b.dims)
+        scaled = _times(self.a, self.scale, dtype)
+        b = Labelled(self.b.array.astype(dtype), self.b.dims)
+        array = contract(scaled, b, dims, precision).array
+        return self.placed(Labelled(array, dims), {d: d for d in range(len(shape))}, shape)
+
+    def placed(self, part: Labelled, at: dict[int, int], shape: Sequence[int]) -> jax.Array:
+        """`part`, labelled by output axes, broadcast to `shape`; zero outside of the window.
+
+        Args:
+          at: {dim of W: output axis}.
+        """
+        window = {at[d]: span for d, span in self.window if d in at}
+        inner = list(shape)
+        for axis, d in ((axis, d) for d, axis in at.items()):
+            if axis in window:
+                inner[axis] = self.size(d)
+        array = lax.broadcast_in_dim(part.array, inner, part.dims)
+        if window:
+            config = [(0, 0, 0)] * len(shape)
+            for axis, (start, total) in window.items():
+                config[axis] = (start, total - start - inner[axis], 0)
+            array = lax.pad(array, jnp.zeros((), array.dtype), config)
+        return array
+
+
+def _times(f: Labelled, scale: Labelled, dtype: Any) -> Labelled:
+    """f * scale, aligned by labels, in float32, rounded to dtype."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    dims = [f.dims.index(d) for d in scale.dims]
+    order = sorted(range(len(dims)), key=dims.__getitem__)
+    factor = lax.broadcast_in_dim(
+        lax.transpose(scale.array, order).astype(wide), f.array.shape, [dims[k] for k in order]
+    )
+    return Labelled((f.array.astype(wide) * factor).astype(dtype), f.dims)
+
+
+class Static(str):
+    """A text that takes part in no comparison, so that it never causes a second trace."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class Node:
+    """A value of the interpreter that stands for a weight: a `Factored`, or a `Probe`.
+
+    `w` is an array of the weight's present shape; `origin` says which input of the enclosing
+    function this node is, unchanged, if it is one.
+    """
+
+    w: Any
+    origin: int | None
+    only_records: ClassVar[bool] = False  # it has no terms, and two of them may meet
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape)
+
+    @property
+    def is_row(self) -> bool:
+        """Whether this is a looked-up part of the weight, which may be summed up."""
+        return False
+
+    def replace(self, **changes: Any):
+        """The same node with some fields changed; what is changed is no input any more."""
+        return dataclasses.replace(self, **{"origin": None, **changes})  # type: ignore[type-var]
+
+    def leaf_dims(self) -> list[Dims]:
+        """For each leaf of this node as a pytree, the dims of W along its axes."""
+        raise NotImplementedError
+
+    def moved(self, move: Move, w: Any) -> Any:
+        raise NotImplementedError
+
+    def dropped(self, d: int, leaves: Sequence[Any]) -> Any:
+        """This node at one index of dim d, its leaves given."""
+        raise NotImplementedError
+
+    def stacked(self, leaves: Sequence[Any]) -> Any:
+        """This node with a new leading dim on every leaf."""
+        raise NotImplementedError
+
+    def filled(self, d: int) -> Any:
+        """This node with every leaf spanning dim d spanning all of it."""
+        return self
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factored(Node):
+    """W + the sum of its terms.
+
+    Attributes:
+      w: the base array, in its present shape and dtype.
+      terms: the adapters.
+      path: for messages.
+      origin: see Node.
+      picked: one index of an input or output dim was picked: this is a row of the weight, which may
+        be summed up as an activation.
+    """
+
+    w: Any
+    terms: tuple[Term, ...]
+    path: str
+    origin: int | None = None
+    picked: bool = False
+
+    def tree_flatten(self):
+        return (self.w, self.terms), (Static(self.path), self.origin, self.picked)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children, *aux)
+
+    @classmethod
+    def of(cls, lw: LoraWeight, path: str, origin: int | None = None) -> Factored:
+        s, i, o = (tuple(d for d, r in enumerate(lw.roles) if r == letter) for letter in "sio")
+        term = Term(
+            a=Labelled(lw.a, (*s, *i, RANK)),
+            b=Labelled(lw.b, (*s, RANK, *o)),
+            # Frozen, as w is: no gradient is computed that freeze_base would throw away.
+            scale=Labelled(lax.stop_gradient(lw.scale), s),
+        )
+        return cls(lax.stop_gradient(lw.w), (term,), path, origin)
+
+    @property
+    def is_row(self) -> bool:
+        return self.picked
+
+    @classmethod
+    def joined(cls, w: Any, parts: Sequence[Any], axis: int) -> Factored:
+        """The concatenation w of nodes and arrays: each term keeps to its own window."""
+        terms, at = [], 0
+        for part in parts:
+            for t in part.terms if isinstance(part, Factored) else ():
+                t = t.filled([axis])
+                terms.append(t.each(lambda f: f, dict(t.window) | {axis: (at, w.shape[axis])}))
+            at += part.shape[axis]
+        paths = ", ".join(dict.fromkeys(p.path for p in parts if isinstance(p, Factored)))
+        return cls(w, tuple(terms), paths)
+
+    def roles(self) -> str:
+        """The roles of the present dims, of the first term; '1' for dims that it does not span."""
+        term = self.terms[0]
+        letters = {(True, True): "s", (True, False): "i", (False, True): "o"}
+        return "".join(
+            letters.get((d in term.a.dims, d in term.b.dims), "1") for d in range(len(self.shape))
+        )
+
+    def leaf_dims(self) -> list[Dims]:
+        return [tuple(range(len(self.shape))), *(f.dims for t in self.terms for f in t.factors)]
+
+    def moved(self, move: Move, w: Any) -> Any:
+        sides = {d for d, role in enumerate(self.roles()) if role in "io"}
+        inputs = {d for d, role in enumerate(self.roles()) if role == "i" and self.shape[d] != 1}
+        node = self.replace(
+            w=w,
+            terms=tuple(t for t in map(move.on_term, self.terms) if t is not None),
+            picked=self.picked or bool(move.picked & sides),
+        )
+        # A lookup of whole rows (an embedding) is an activation from here on.
+        row = not node.terms or (inputs and inputs <= move.picked)
+        return node.sum() if row else node
+
+    def dropped(self, d: int, leaves: Sequence[Any]) -> Factored:
+        old = jax.tree.structure(self)
+        node: Factored = jax.tree.unflatten(old, leaves)
+
+        def drop(f: Labelled) -> Labelled:
+            left = tuple(e for e in f.dims if e != d)
+            return Labelled(f.array, left).relabel(lambda e: e - (e > d))
+
+        terms = tuple(t.each(drop, {e - (e > d): span for e, span in t.window}) for t in node.terms)
+        picked = self.picked or self.roles()[d] in "io"
+        return node.replace(terms=terms, picked=picked)
+
+    def stacked(self, leaves: Sequence[Any]) -> Factored:
+        node: Factored = jax.tree.unflatten(jax.tree.structure(self), leaves)
+
+        def add(f: Labelled) -> Labelled:
+            return Labelled(f.array, (0, *f.relabel(lambda e: e + 1).dims))
+
+        terms = tuple(t.each(add, {e + 1: span for e, span in t.window}) for t in node.terms)
+        return node.replace(terms=terms)
+
+    def filled(self, d: int) -> Factored:
+        return self.replace(terms=tuple(t.filled([d]) for t in self.terms), origin=self.origin)
+
+    def sum(self) -> jax.Array:
+        """W + the deltas, in W's dtype: rows of a looked-up weight."""
+        precision = None
+        total = self.w
+        for t in self.terms:
+            total = total + t.value(self.shape, self.w.dtype, precision).astype(total.dtype)
+        return total
+
+    def materialized(self) -> jax.Array:
+        """W + the deltas in float32 arithmetic at the highest precision, rounded once."""
+        wide = jnp.promote_types(jnp.float32, self.w.dtype)
+        total = self.w.astype(wide)
+        for t in self.terms:
+            total = total + t.value(self.shape, wide, lax.Precision.HIGHEST)
+        return total.astype(self.w.dtype)
+
+    def scaled(self, w: Any, factor: Any) -> Factored:
+        """This times `factor`, which is a scalar or varies along dims that one factor spans."""
+        ndim = len(self.shape)
+        factor = jnp.asarray(factor)
+        along = [d for d in range(ndim) if factor.ndim == ndim and factor.shape[d] != 1]
+        flat = factor.reshape([factor.shape[d] for d in along])
+
+        def scale(t: Term) -> Term:
+            for name in ("scale", "a", "b"):
+                f: Labelled = getattr(t, name)
+                if set(along) <= set(f.dims):
+                    window = dict(t.window)
+                    part = flat
+                    for k, d in enumerate(along):
+                        if d in window:
+                            part = lax.slice_in_dim(
+                                part, window[d][0], window[d][0] + t.size(d), axis=k
+                            )
+                    product = _times(f, Labelled(part, tuple(along)), f.array.dtype)
+                    return dataclasses.replace(t, **{name: product})
+            raise Unfactorable("its factor varies along input dims and output dims alike")
+
+        return self.replace(w=w, terms=tuple(scale(t) for t in self.terms))
+
+    def dot(
+        self, y: Any, x: Any, mine: tuple[Dims, Dims], its: tuple[Dims, Dims], first: bool, eqn: Any
+    ) -> Any:
+        """Adds the deltas of a contraction with x to `y`, the same contraction of w with x.
+
+        Args:
+          y: the base's result: batch dims, then the left operand's free dims, then the right's.
+          x: the other operand.
+          mine, its: (contracted dims, batch dims) of W and of x, in pairs.
+          first: whether the weight is the left operand.
+          eqn: the equation.
+
+        Raises:
+          RolesError: the roles say that a contracted dim is an output or a free one an input.
+          Unfactorable: nothing is contracted with the adapter.
+        """
+        (contracted, batch), (x_contracted, x_batch) = mine, its
+        ndim = len(self.shape)
+        free = tuple(d for d in range(ndim) if d not in (*contracted, *batch))
+        # x's axes carry W's labels where they meet W; its own are numbered past W's.
+        x_dims = list(range(ndim, ndim + x.ndim))
+        for axes, dims in ((x_contracted, contracted), (x_batch, batch)):
+            for axis, d in zip(axes, dims, strict=True):
+                x_dims[axis] = d
+        x_free = tuple(d for d in x_dims if d >= ndim)
+        out = (*batch, *free, *x_free) if first else (*batch, *x_free, *free)
+        # Narrow activations (integers, 8-bit floats) meet the adapter in the result's dtype.
+        narrow = not jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype.itemsize == 1
+        dtype = y.dtype if narrow else x.dtype
+        for t in self.terms:
+            part = self._dot_term(
+                t,
+                Labelled(x.astype(dtype), tuple(x_dims)),
+                contracted,
+                free,
+                out,
+                first,
+                eqn.params["precision"],
+            )
+            at = {d: out.index(d) for d in (*batch, *free)}
+            y = y + t.placed(part, at, y.shape).astype(y.dtype)
+        return y
+
+    def _dot_term(
+        self,
+        t: Term,
+        x: Labelled,
+        contracted: Dims,
+        free: Dims,
+        out: Sequence[int],
+        first: bool,
+        prec: Any,
+    ) -> Labelled:
+        def spans(f: Labelled, other: Labelled) -> set[int]:
+            return {d for d in f.dims if d != RANK and d not in other.dims and t.size(d) != 1}
+
+        summed, left = set(contracted), set(free)
+        by_a, by_b = spans(t.a, t.b) & summed, spans(t.b, t.a) & summed
+        start, end = (t.b, t.a) if by_b and not by_a else (t.a, t.b)
+        if (by_a and by_b) or ((by_a or by_b) and spans(start, end) & left):
+            uses = "".join(
+                "i" if d in summed else "o" if d in left else "s" for d in range(len(self.shape))
+            )
+            raise RolesError(
+                f"{self.path}: got roles {self.roles()!r} (of its dims as they reach the matmul), "
+                f"but it is used as {uses!r}: a matmul contracts all input dims or all output dims "
+                "of a weight. Give the right roles in LoraConfig(roles={...}), or read them from "
+                "the model: jaxlora.init(..., roles=jaxlora.trace_roles(fn, params, *args))."
+            )
+        if not (by_a or by_b or summed & {*t.a.dims, *t.b.dims}):
+            raise Unfactorable("it contracts no dim of the weight")
+
+        array, dims = x.array, list(x.dims)
+        for d, (at, _) in t.window:
+            if d in dims:
+                array = lax.slice_in_dim(array, at, at + t.size(d), axis=dims.index(d))
+        # Dims that the term is constant along: W's equal columns meet the sum of x's rows.
+        constant = [d for d in summed if d not in t.a.dims and d not in t.b.dims]
+        array = (
+            array.sum([dims.index(d) for d in constant], dtype=array.dtype) if constant else array
+        )
+        x = Labelled(array, tuple(d for d in dims if d not in constant))
+
+        def product(f: Labelled, y: Labelled, result: Sequence[int]) -> Labelled:
+            f = Labelled(f.array.astype(y.array.dtype), f.dims)
+            return contract(*((f, y) if first else (y, f)), result, prec)
+
+        later = {*end.dims, *out}  # stacked dims stay for the second factor even if contracted
+        kept_x = [d for d in x.dims if d not in start.dims or d in later]
+        kept_f = [d for d in start.dims if d not in kept_x and (d in later or d == RANK)]
+        together = [d for d in kept_x if d in start.dims]
+        alone = [d for d in kept_x if d not in start.dims]
+        h = product(start, x, [*together, *(kept_f + alone if first else alone + kept_f)])
+        h = _times(h, t.scale, h.array.dtype)
+        wanted = [d for d in out if d in h.dims or d in end.dims]
+        part = product(end, h, wanted)
+        return Labelled(part.array, tuple(out.index(d) for d in part.dims))

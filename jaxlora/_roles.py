@@ -1,0 +1,276 @@
+"""`trace_roles`: reads the role of each dimension of each weight from how the model uses it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from jaxlora import _compat, _paths
+from jaxlora._apply import Arguments, Interpreter, as_array, is_array
+from jaxlora._factored import Dims, Move, Node
+from jaxlora._weight import is_node
+
+MATMUL, LOOKUP, OTHER = "matmul", "lookup", "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight: its kind, a letter for each dimension of the weight, and where.
+
+    Letters: `i` contracted or looked up, `o` free, `s` batched or indexed, `1` of size one,
+    `!` both contracted and free (after a split).
+    """
+
+    kind: str
+    letters: str
+    where: str
+
+    def __str__(self) -> str:
+        roles = f"{self.kind} {self.letters!r}" if self.kind != OTHER else ""
+        return f"{roles} {self.where}".strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedRoles(Mapping[str, str]):
+    """{path: roles} of the weights of a traced model, and what was seen of all others.
+
+    Attributes:
+      roles: the weights whose uses one string of roles serves.
+      uses: every use of every leaf of the params, those without roles too.
+    """
+
+    roles: Mapping[str, str]
+    uses: Mapping[str, tuple[Use, ...]]
+
+    def __getitem__(self, path: str) -> str:
+        return self.roles[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.roles)
+
+    def __len__(self) -> int:
+        return len(self.roles)
+
+    def is_linear(self, path: str) -> bool:
+        """Whether the weight is used in matmuls and nothing else."""
+        kinds = {use.kind for use in self.uses.get(path, ())}
+        return path in self.roles and kinds == {MATMUL}
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """What a probe knows of one weight.
+
+    Attributes:
+      path: the weight.
+      whole: its shape.
+      made_of: for each present dim of the probe, the dims of the weight that it is made of.
+      picked: dims of the weight of which one index was picked.
+    """
+
+    path: str
+    whole: tuple[int, ...]
+    made_of: tuple[frozenset[int], ...]
+    picked: frozenset[int] = frozenset()
+
+    def moved(self, move: Move) -> Track:
+        made_of = tuple(
+            frozenset().union(*(self.made_of[d] for d in source)) for source in move.sources
+        )
+        picked = frozenset().union(self.picked, *(self.made_of[d] for d in move.picked))
+        return dataclasses.replace(self, made_of=made_of, picked=picked)
+
+    def contracted(self, shape: tuple[int, ...], summed: Dims, batch: Dims) -> tuple[str, str]:
+        """(kind, letters) of a contraction of the present dims `summed`."""
+        letters = ["1" if n == 1 else "s" for n in self.whole]
+        seen = set()
+        for j, dims in enumerate(self.made_of):
+            if dims & self.picked or (shape[j] == 1 and any(self.whole[d] != 1 for d in dims)):
+                continue
+            letter = "i" if j in summed else "s" if j in batch else "o"
+            seen.add(letter)
+            for d in dims:
+                if letters[d] == "s":
+                    letters[d] = letter
+                elif letters[d] not in ("1", letter) and letter != "s":
+                    letters[d] = "!"
+        # Picked rows need an input and an output of their own to be weights (an expert's matrix);
+        # otherwise they are activations (an embedding's rows).
+        if self.picked and not {"i", "o"} <= seen:
+            return self.looked_up()
+        return MATMUL, "".join(letters)
+
+    def looked_up(self) -> tuple[str, str]:
+        """(kind, letters) of a use of picked rows as activations."""
+        here = frozenset().union(*self.made_of)
+        return LOOKUP, "".join(
+            "1" if n == 1 else "i" if d in self.picked else "o" if d in here else "s"
+            for d, n in enumerate(self.whole)
+        )
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe(Node):
+    """A weight, or a concatenation of weights, that records how it is used."""
+
+    w: Any
+    tracks: tuple[Track, ...]
+    record: Callable[[str, Use], None]
+    origin: int | None = None
+    only_records: ClassVar[bool] = True
+
+    def tree_flatten(self):
+        return (self.w,), (self.tracks, self.record, self.origin)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children, *aux)
+
+    @property
+    def is_row(self) -> bool:
+        return any(t.picked for t in self.tracks)
+
+    def leaf_dims(self) -> list[Dims]:
+        return [tuple(range(len(self.shape)))]
+
+    def _with(self, w: Any, change: Callable[[Track], Track]) -> Probe:
+        return self.replace(w=w, tracks=tuple(map(change, self.tracks)))
+
+    def moved(self, move: Move, w: Any) -> Probe:
+        return self._with(w, lambda t: t.moved(move))
+
+    def dropped(self, d: int, leaves: Sequence[Any]) -> Probe:
+        return self._with(
+            leaves[0],
+            lambda t: dataclasses.replace(t, made_of=t.made_of[:d] + t.made_of[d + 1 :]),
+        )
+
+    def stacked(self, leaves: Sequence[Any]) -> Probe:
+        return self._with(
+            leaves[0], lambda t: dataclasses.replace(t, made_of=(frozenset(), *t.made_of))
+        )
+
+    @classmethod
+    def joined(cls, w: Any, parts: Sequence[Any], axis: int) -> Probe:
+        probes = [p for p in parts if isinstance(p, Probe)]
+        return cls(w, tuple(t for p in probes for t in p.tracks), probes[0].record)
+
+    def scaled(self, w: Any, factor: Any) -> Probe:
+        return self.replace(w=w)
+
+    def dot(
+        self, y: Any, x: Any, mine: tuple[Dims, Dims], its: tuple[Dims, Dims], first: bool, eqn: Any
+    ) -> Any:
+        if isinstance(x, Probe) and self.is_row:
+            self.used(f"`dot_general` at {_compat.source_line(eqn)}")
+            return y
+        for t in self.tracks:
+            kind, letters = t.contracted(self.shape, *mine)
+            self.record(t.path, Use(kind, letters, f"at {_compat.source_line(eqn)}"))
+        return y
+
+    def used(self, use: str) -> None:
+        """Records a use other than a contraction."""
+        for t in self.tracks:
+            kind, letters = t.looked_up() if t.picked else (OTHER, "")
+            self.record(t.path, Use(kind, letters, f"in {use}"))
+
+
+def trace_roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> TracedRoles:
+    """The roles of the weights of `params`, read from how `fn(params, ...)` uses them.
+
+    `fn` is traced abstractly: no FLOPs, no memory. Dims that a matmul contracts are inputs (`i`),
+    those that it leaves are outputs (`o`), those that are scanned over, batched, or indexed before
+    a matmul are stacked (`s`); an embedding is looked up along `i`. A use over all outputs (`w.T`,
+    a tied head) agrees with its transpose.
+
+    Args:
+      fn: the function whose weights are to be adapted.
+      params: its first argument; arrays or `jax.ShapeDtypeStruct`s.
+      *args, **kwargs: the rest, likewise.
+
+    Returns:
+      A mapping {path: roles} of the weights whose uses one string of roles serves. `init` takes it
+      as `roles`, and raises a RolesError with the uses of a target that is missing from it.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"q": jnp.ones((8, 2, 4)), "scale": jnp.ones(8)}
+    >>> fn = lambda params, x: jnp.einsum("td,dhk->thk", x * params["scale"], params["q"])
+    >>> dict(trace_roles(fn, params, jnp.ones((3, 8))))
+    {'q': 'ioo'}
+    """
+
+    def is_abstract(x: Any) -> bool:
+        return is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+
+    arguments, dynamic = Arguments.split((params, *args), kwargs, is_abstract)
+    arrays = [as_array(x, path) for x, path in zip(dynamic, arguments.paths(), strict=True)]
+    pairs, _ = _paths.flatten_with_paths(params, is_leaf=is_node)
+    paths = [path for path, x in pairs if is_abstract(x) or is_node(x)]
+    uses: dict[str, dict[Use, None]] = {path: {} for path in paths}
+
+    def record(path: str, use: Use) -> None:
+        uses[path].setdefault(use)
+
+    def materialize(node: Node, use: str) -> Any:
+        assert isinstance(node, Probe)
+        node.used(use)
+        return node.w
+
+    def flat(arrays: list[Any]) -> list[Any]:
+        args, kwargs = arguments.rebuild(arrays)
+        return jax.tree.leaves(fn(*args, **kwargs))
+
+    closed = jax.make_jaxpr(flat)(arrays)
+
+    def interpret(arrays: list[Any]) -> list[Any]:
+        probes = [
+            Probe(w, (Track(path, w.shape, tuple(frozenset([d]) for d in range(w.ndim))),), record)
+            for path, w in zip(paths, arrays, strict=False)
+        ]
+        outs = Interpreter(materialize).eval(closed, [*probes, *arrays[len(paths) :]])
+        return [v.w if isinstance(v, Node) else v for v in outs]
+
+    jax.make_jaxpr(interpret)(arrays)
+    shapes = {path: tuple(w.shape) for path, w in zip(paths, arrays, strict=False)}
+    # Lookups first: they say which side is the input, matmuls only that the sides differ.
+    found = {
+        path: _agreed(
+            [u.letters for kind in (LOOKUP, MATMUL) for u in uses[path] if u.kind == kind]
+        )
+        for path in paths
+    }
+    return TracedRoles(
+        roles={p: _complete(r) for p, r in found.items() if r and len(shapes[p]) >= 2},
+        uses={path: tuple(seen) for path, seen in uses.items()},
+    )
+
+
+def _agreed(uses: Sequence[str]) -> str | None:
+    """The letters that serve every use, up to a swap of inputs and outputs; None if none do."""
+    if not uses or any("!" in u for u in uses):
+        return None
+    merged = uses[0]
+    for use in uses[1:]:
+        swapped = use.translate(str.maketrans("io", "oi"))
+        fitting = next((u for u in (use, swapped) if agree(merged, u)), None)
+        if fitting is None:
+            return None
+        merged = "".join(v if u == "1" else u for u, v in zip(merged, fitting, strict=True))
+    return merged
+
+
+def agree(roles: str, use: str) -> bool:
+    """Whether roles and a use's letters are the same wherever the dimension is not of size one."""
+    return all(u == v or "1" in (u, v) for u, v in zip(roles, use, strict=True))
+
+
+def _complete(letters: str) -> str:
+    """Gives dims of size one a role: inputs if there is none yet, else outputs."""
+    if "i" not in letters:
+        letters = letters.replace("1", "i", 1)
+    return letters.replace("1", "o")

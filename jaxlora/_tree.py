@@ -1,0 +1,244 @@
+"""What can be done with a `lora` tree: halves, masks, merging, counting. All pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import _paths
+from jaxlora._errors import TargetError
+from jaxlora._weight import FullWeight, LoraWeight, delta, is_node
+
+
+def _map_nodes(f: Callable[[str, Any], Any], lora: Any) -> Any:
+    """f(path, leaf or node) over a tree; nodes are checked first."""
+    pairs, treedef = _paths.flatten_with_paths(lora, is_leaf=is_node)
+    for path, leaf in pairs:
+        if is_node(leaf):
+            leaf.check(path)
+    return jax.tree.unflatten(treedef, [f(path, leaf) for path, leaf in pairs])
+
+
+def merge(lora: Any) -> Any:
+    r"""Plain params again: W + scale * sum_r a b in place of each `LoraWeight`.
+
+    Computed in float32 (float64 for float64 params) and rounded once to W's dtype. A `FullWeight`
+    gives its value. The input is not changed.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((3, 4))}
+    >>> lora = init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"]))
+    >>> bool(jnp.all(merge(lora)["kernel"] == params["kernel"]))
+    True
+
+    References:
+      Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1 ("no additional inference latency").
+    """
+
+    def merged(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, FullWeight):
+            return leaf.value
+        if isinstance(leaf, LoraWeight):
+            wide = delta(leaf)
+            return (jnp.asarray(leaf.w).astype(wide.dtype) + wide).astype(leaf.w.dtype)
+        return leaf
+
+    return _map_nodes(merged, lora)
+
+
+def base_params(lora: Any) -> Any:
+    """The params that `init` was given, untouched: LoRA off.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((3, 4))}
+    >>> lora = init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"]))
+    >>> base_params(lora)["kernel"] is params["kernel"]
+    True
+    """
+    return _map_nodes(lambda _, leaf: leaf.w if is_node(leaf) else leaf, lora)
+
+
+def with_scale(lora: Any, scale: Any) -> Any:
+    """The same adapters at another strength: 0 is the base, alpha / rank what was trained.
+
+    Args:
+      lora: the tree.
+      scale: a number or a scalar array; traced too, so that strengths can be swept with vmap.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((3, 4))}
+    >>> lora = init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"]))
+    >>> float(with_scale(lora, 0.5)["kernel"].scale)
+    0.5
+    """
+
+    def scaled(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, LoraWeight):
+            return leaf
+        value = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), jnp.shape(leaf.scale))
+        return dataclasses.replace(leaf, scale=value)
+
+    return _map_nodes(scaled, lora)
+
+
+def trainable_mask(lora: Any) -> Any:
+    """A tree of bools, True where something trains: `a`, `b` and the value of a `FullWeight`.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    >>> mask = trainable_mask(init(jax.random.key(0), params, LoraConfig(targets=["kernel"])))
+    >>> mask["bias"], mask["kernel"].w, mask["kernel"].a
+    (False, False, True)
+    """
+
+    def mask(leaf: Any) -> Any:
+        trains = {"a", "b"} if isinstance(leaf, LoraWeight) else {"value"}
+        if not is_node(leaf):
+            return False
+        return jax.tree_util.tree_map_with_path(lambda keys, _: keys[0].name in trains, leaf)
+
+    return jax.tree.map(mask, lora, is_leaf=is_node)
+
+
+def partition(lora: Any) -> tuple[Any, Any]:
+    """(trainable, frozen): the same tree twice, None where the other half has the leaf.
+
+    `jax.grad` with respect to the trainable half computes no gradient of the base.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((3, 4))}
+    >>> lora = init(jax.random.key(0), params, LoraConfig(targets=["kernel"]))
+    >>> trainable, frozen = partition(lora)
+    >>> trainable["kernel"].w is None, frozen["kernel"].a is None
+    (True, True)
+    """
+    mask = trainable_mask(lora)
+    trainable = jax.tree.map(lambda m, x: x if m else None, mask, lora)
+    frozen = jax.tree.map(lambda m, x: None if m else x, mask, lora)
+    return trainable, frozen
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """Rejoins the halves that `partition` made.
+
+    Raises:
+      TargetError: the halves are not of one tree.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((3, 4))}
+    >>> lora = init(jax.random.key(0), params, LoraConfig(targets=["kernel"]))
+    >>> combine(*partition(lora))["kernel"].w is params["kernel"]
+    True
+    """
+    halves = [
+        dict(_paths.flatten_with_paths(half, is_leaf=lambda x: x is None)[0])
+        for half in (trainable, frozen)
+    ]
+    if halves[0].keys() != halves[1].keys():
+        odd = [
+            f"{path} (only in the {name} half)"
+            for name, mine, other in (("trainable", *halves), ("frozen", *halves[::-1]))
+            for path in mine.keys() - other.keys()
+        ]
+        raise TargetError(
+            f"combine: got halves of two different trees, expected both from one "
+            f"jaxlora.partition(lora). They differ at:{_paths.listing(sorted(odd))}"
+        )
+    both = [p for p in halves[0] if halves[0][p] is not None and halves[1][p] is not None]
+    if both:
+        raise TargetError(
+            "combine: got leaves that both halves have, expected None in one of them: "
+            f"(trainable, frozen) = jaxlora.partition(lora). They are:{_paths.listing(both)}"
+        )
+    return jax.tree.map(
+        lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None
+    )
+
+
+class ParamCount(NamedTuple):
+    """Numbers of parameters.
+
+    Attributes:
+      trainable: what trains.
+      base: the params without adapters.
+      total: base and adapters; a leaf trained in full counts once.
+    """
+
+    trainable: int
+    base: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """100 * trainable / base: what the adapter adds, or tunes, relative to the base."""
+        return 100 * self.trainable / max(1, self.base)
+
+
+def _count(leaf: Any) -> ParamCount:
+    if isinstance(leaf, LoraWeight):
+        adapter = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
+        base = math.prod(leaf.shape)
+        return ParamCount(adapter, base, base + adapter)
+    size = math.prod(getattr(leaf, "shape", ()))
+    return ParamCount(size if isinstance(leaf, FullWeight) else 0, size, size)
+
+
+def count_params(lora: Any) -> ParamCount:
+    """How many parameters train, and how many there are.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((30, 40))}
+    >>> count_params(init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"])))
+    ParamCount(trainable=140, base=1200, total=1340)
+    """
+    counts = [_count(leaf) for leaf in jax.tree.leaves(lora, is_leaf=is_node)]
+    return ParamCount(*(sum(column) for column in zip(*counts, strict=True)))
+
+
+def summary(lora: Any) -> str:
+    """A table of what trains: path, shape, roles, rank, scale, parameters; then the totals.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((30, 40)), "bias": jnp.ones(40)}
+    >>> print(summary(init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"]))))
+    path    shape     roles  rank  scale  parameters
+    kernel  (30, 40)  io        2      1         140
+    140 of 1,240 parameters train (11.290%); 1 leaf is frozen
+    """
+    rows = [("path", "shape", "roles", "rank", "scale", "parameters")]
+    pairs, _ = _paths.flatten_with_paths(lora, is_leaf=is_node)
+    for path, leaf in pairs:
+        count = f"{_count(leaf).trainable:,}"
+        if isinstance(leaf, LoraWeight):
+            rows.append(
+                (path, str(leaf.shape), leaf.roles, str(leaf.rank), _scale_text(leaf.scale), count)
+            )
+        elif isinstance(leaf, FullWeight):
+            rows.append((path, str(leaf.shape), "full", "", "", count))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if k < 3 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    total = count_params(lora)
+    frozen = sum(not is_node(leaf) for _, leaf in pairs)
+    lines.append(
+        f"{total.trainable:,} of {total.base:,} parameters train ({total.percent:.3f}%); "
+        f"{frozen} {'leaf is' if frozen == 1 else 'leaves are'} frozen"
+    )
+    return "\n".join(lines)
+
+
+def _scale_text(scale: Any) -> str:
+    if isinstance(scale, jax.core.Tracer) or not hasattr(scale, "min"):
+        return "?"
+    low, high = float(scale.min()), float(scale.max())
+    return f"{low:g}" if low == high else f"{low:g}..{high:g}"
