@@ -79,12 +79,14 @@ class Move:
       sources: for each output dim, the input dims that it is made of (none for a new dim).
       apply: the primitive on one labelled array, restricted to the dims that it spans.
       picked: dims of which one index is picked: gathered or sliced down to one.
+      batched: dims that pair with a batch dim of the indices.
       changed: dims whose content changes, so that a window on them cannot be kept.
     """
 
     sources: tuple[tuple[int, ...], ...]
     apply: Callable[[Labelled], Labelled]
     picked: frozenset[int] = frozenset()
+    batched: frozenset[int] = frozenset()
     changed: frozenset[int] = frozenset()
 
     def lone(self, d: int) -> int | None:
@@ -218,7 +220,7 @@ def dynamic_slice(starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[i
 
     picked = frozenset(d for d, n in enumerate(sizes) if n == 1 and shape[d] != 1)
     changed = frozenset(d for d, n in enumerate(sizes) if n != shape[d])
-    return Move(tuple((d,) for d in range(len(sizes))), apply, picked, changed)
+    return Move(tuple((d,) for d in range(len(sizes))), apply, picked, changed=changed)
 
 
 def reverse(ndim: int, flipped: Iterable[int]) -> Move:
@@ -304,7 +306,7 @@ def gather(
         return Labelled(array, (*batch_out, *labels))
 
     changed = {*dn.start_index_map, *(d for d, n in enumerate(sizes) if n != shape[d])}
-    return Move(tuple(sources), apply, picked, frozenset(changed))
+    return Move(tuple(sources), apply, picked, frozenset(paired), frozenset(changed))
 
 
 def _fill(value: Any) -> Any:
@@ -468,6 +470,19 @@ class Node:
     def filled(self, d: int) -> Any:
         """This node with every leaf spanning dim d spanning all of it."""
         return self
+
+    def like(self, other: Node) -> bool:
+        """Whether control flow may choose between the two, leaf by leaf."""
+
+        def form(node: Node) -> Any:
+            node = node.replace()
+            return jax.tree.structure(node), [(x.shape, x.dtype) for x in jax.tree.leaves(node)]
+
+        return form(self) == form(other)
+
+    def either(self, nodes: Sequence[Any], leaves: Sequence[Any]) -> Any:
+        """The node, with these leaves, that is one of `nodes`, all alike."""
+        return jax.tree.unflatten(jax.tree.structure(self.replace()), leaves)
 
 
 @jax.tree_util.register_pytree_node_class

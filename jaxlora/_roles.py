@@ -69,19 +69,22 @@ class Track:
       whole: its shape.
       made_of: for each present dim of the probe, the dims of the weight that it is made of.
       picked: dims of the weight of which one index was picked.
+      batched: dims of the weight that a lookup paired with a batch of its indices.
     """
 
     path: str
     whole: tuple[int, ...]
     made_of: tuple[frozenset[int], ...]
     picked: frozenset[int] = frozenset()
+    batched: frozenset[int] = frozenset()
 
     def moved(self, move: Move) -> Track:
         made_of = tuple(
             frozenset().union(*(self.made_of[d] for d in source)) for source in move.sources
         )
-        picked = frozenset().union(self.picked, *(self.made_of[d] for d in move.picked))
-        return dataclasses.replace(self, made_of=made_of, picked=picked)
+        picked = self.picked.union(*(self.made_of[d] for d in move.picked))
+        batched = self.batched.union(*(self.made_of[d] for d in move.batched))
+        return dataclasses.replace(self, made_of=made_of, picked=picked, batched=batched)
 
     def contracted(self, shape: tuple[int, ...], summed: Dims, batch: Dims) -> tuple[str, str]:
         """(kind, letters) of a contraction of the present dims `summed`."""
@@ -107,7 +110,7 @@ class Track:
         """(kind, letters) of a use of picked rows as activations."""
         here = frozenset().union(*self.made_of)
         return LOOKUP, "".join(
-            "1" if n == 1 else "i" if d in self.picked else "o" if d in here else "s"
+            "1" if n == 1 else "i" if d in self.picked else "o" if d in here - self.batched else "s"
             for d, n in enumerate(self.whole)
         )
 
@@ -161,6 +164,13 @@ class Probe(Node):
 
     def scaled(self, w: Any, factor: Any) -> Probe:
         return self.replace(w=w)
+
+    def like(self, other: Node) -> bool:
+        return isinstance(other, Probe) and self.shape == other.shape
+
+    def either(self, nodes: Sequence[Any], leaves: Sequence[Any]) -> Probe:
+        tracks = dict.fromkeys(t for node in nodes for t in node.tracks)
+        return self.replace(w=leaves[0], tracks=tuple(tracks))
 
     def dot(
         self, y: Any, x: Any, mine: tuple[Dims, Dims], its: tuple[Dims, Dims], first: bool, eqn: Any
@@ -233,6 +243,9 @@ def trace_roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
             for path, w in zip(paths, arrays, strict=False)
         ]
         outs = Interpreter(materialize).eval(closed, [*probes, *arrays[len(paths) :]])
+        for v in outs:
+            if isinstance(v, Probe) and v not in probes:
+                v.used("what the function returns")
         return [v.w if isinstance(v, Node) else v for v in outs]
 
     jax.make_jaxpr(interpret)(arrays)

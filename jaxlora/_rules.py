@@ -213,7 +213,18 @@ def _stop_gradient(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -
 
 @rule("optimization_barrier")
 def _barrier(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    return lax.optimization_barrier(_no_origin(values))
+    return _behind_barrier(_no_origin(values))
+
+
+def _behind_barrier(values: Sequence[Any]) -> list[Any]:
+    # A barrier gives all its operands a tangent if one has it. Bases go through barriers of their
+    # own, so that no gradient of theirs is computed.
+    rest = [v.replace(w=None, origin=v.origin) if isinstance(v, Node) else v for v in values]
+    rest = lax.optimization_barrier(rest)
+    return [
+        r.replace(w=lax.optimization_barrier(v.w), origin=v.origin) if isinstance(v, Node) else r
+        for v, r in zip(values, rest, strict=True)
+    ]
 
 
 @rule("neg")
@@ -288,7 +299,7 @@ def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequen
     if params["differentiated"]:
         # Part of a backward pass: recompute here, and let the barrier keep XLA from sharing it.
         if params["prevent_cse"]:
-            inside = lax.optimization_barrier(inside)
+            inside = _behind_barrier(inside)
         outs = interpreter.eval(params["jaxpr"], inside)
     else:
         run = jax.checkpoint(
@@ -307,30 +318,40 @@ class _Again(Exception):
 @rule("cond")
 def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     index, *operands = values
-    summed: set[int] = set()  # outputs that are weights in some branches, and arrays in others
+    summed: set[int] = set()  # outputs that the branches make too differently to stay weights
     use = f"an output of `cond` that its branches make differently, at {_compat.source_line(eqn)}"
+    made: list[list[Any]] = []  # for each branch, its outputs that are nodes, else None
 
-    while True:
-        trees: list[Any] = []
-
-        def run(jaxpr: Any, *args: Any, trees=trees) -> list[Any]:
-            outs = interpreter.eval(jaxpr, args)
-            outs = [
-                interpreter.materialize(v, use) if k in summed else v for k, v in enumerate(outs)
-            ]
-            kinds = [(jax.tree.structure(v), [x.shape for x in jax.tree.leaves(v)]) for v in outs]
-            trees.append(kinds)
-            odd = {k for k, kind in enumerate(kinds) if kind != trees[0][k]}
-            if odd:
-                summed.update(odd)
+    def run(jaxpr: Any, *args: Any) -> list[Any]:
+        outs = interpreter.eval(jaxpr, args)
+        outs = [interpreter.materialize(v, use) if k in summed else v for k, v in enumerate(outs)]
+        made.append([v if isinstance(v, Node) else None for v in outs])
+        for k, (one, other) in enumerate(zip(made[0], made[-1], strict=True)):
+            alike = one.like(other) if one is not None and other is not None else one is other
+            if not alike:
+                summed.add(k)
                 raise _Again
-            return outs
+        return [jax.tree.leaves(v) for v in outs]
 
-        branches = [lambda *args, j=j: run(j, *args) for j in eqn.params["branches"]]
+    branches = [lambda *args, j=j: run(j, *args) for j in eqn.params["branches"]]
+    inside = _enter(operands)
+    while True:
+        made.clear()
         try:
-            return _leave(lax.switch(index, branches, *_enter(operands)), operands)
+            outs = lax.switch(index, branches, *inside)
+            break
         except _Again:
             continue
+
+    def chosen(leaves: list[Any], nodes: tuple[Any, ...]) -> Any:
+        if nodes[0] is None:
+            return leaves[0]
+        origins = {node.origin for node in nodes}
+        if len(origins) == 1 and None not in origins:
+            return operands[origins.pop()]
+        return nodes[0].either(nodes, leaves)
+
+    return [chosen(*pair) for pair in zip(outs, zip(*made, strict=True), strict=True)]
 
 
 @rule("while")
@@ -474,10 +495,7 @@ class _Carry:
 
     @staticmethod
     def _same_form(v: Any, init: Node) -> bool:
-        def form(x: Any) -> Any:
-            return jax.tree.structure(x), [(y.shape, y.dtype) for y in jax.tree.leaves(x)]
-
-        return isinstance(v, Node) and form(v.replace()) == form(init.replace())
+        return isinstance(v, Node) and init.like(v)
 
     def run(self, loop: Callable[[list[Any]], Sequence[Any]]) -> list[Any]:
         while True:

@@ -1,0 +1,150 @@
+"""What every test needs: a tolerance, random adapters, and a reader of jaxprs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+import jaxlora
+from jaxlora._weight import LoraWeight, is_node
+
+# Relative to the largest value: sums of a few hundred products, in another order.
+TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 4e-2, "float16": 8e-3}
+
+
+def assert_close(got: Any, expected: Any, factor: float = 1.0) -> None:
+    """Two trees of arrays are equal up to rounding in the dtype of the expected ones."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype, (x.dtype, y.dtype)
+        if not jnp.issubdtype(y.dtype, jnp.inexact):
+            np.testing.assert_array_equal(x, y)
+            continue
+        scale = max(1.0, float(jnp.max(jnp.abs(y), initial=0.0)))
+        tolerance = factor * TOLERANCE[y.dtype.name] * scale
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=0, atol=tolerance
+        )
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Two trees are equal, bit for bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype
+        assert x.tobytes() == y.tobytes()
+
+
+def randomized(lora: Any, seed: int = 1) -> Any:
+    """The same tree with random a, b (and values), so that the adapters count."""
+    leaves, treedef = jax.tree.flatten(jaxlora.partition(lora)[0])
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [
+        (0.3 * jax.random.normal(k, x.shape)).astype(x.dtype)
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jaxlora.combine(jax.tree.unflatten(treedef, noise), jaxlora.partition(lora)[1])
+
+
+def base_sizes(lora: Any) -> set[int]:
+    """The sizes of the adapted weights and of their layers: what must not be formed."""
+    sizes = set()
+    for leaf in jax.tree.leaves(lora, is_leaf=is_node):
+        if isinstance(leaf, LoraWeight):
+            size = math.prod(leaf.shape)
+            sizes |= {size, size // math.prod(leaf.scale.shape)}
+    return sizes
+
+
+def formed(jaxpr: Any, tainted: Sequence[bool], sizes: Iterable[int]) -> list[str]:
+    """The equations that make an array of one of `sizes` from a tainted input.
+
+    Args:
+      jaxpr: closed.
+      tainted: for each input, whether it is of an adapter.
+      sizes: what to look for.
+    """
+    found: list[str] = []
+    _walk(jaxpr, list(tainted), set(sizes), found)
+    return found
+
+
+def _walk(jaxpr: Any, tainted: list[bool], sizes: set[int], found: list[str]) -> list[bool]:
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    bad = dict(zip(inner.invars, tainted, strict=True))
+
+    def read(var: Any) -> bool:
+        return False if isinstance(var, Literal) else bad.get(var, False)
+
+    for eqn in inner.eqns:
+        ins = [read(v) for v in eqn.invars]
+        outs = [any(ins)] * len(eqn.outvars)
+        name = eqn.primitive.name
+        subs = list(_sub_jaxprs(eqn))
+        if any(ins) and subs:
+            if name == "scan":
+                outs = _fixpoint(eqn, subs[0], ins, sizes, found)
+            elif name == "while":
+                cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+                carry = ins[cond + body :]
+                while True:
+                    new = _walk(subs[-1], [*ins[cond : cond + body], *carry], sizes, found)
+                    new = [a or b for a, b in zip(new, carry, strict=True)]
+                    if new == carry:
+                        break
+                    carry = new
+                outs = carry
+            elif name == "cond":
+                columns = [_walk(sub, ins[1:], sizes, found) for sub in subs]
+                outs = [any(column) for column in zip(*columns, strict=True)]
+            else:
+                n = len(getattr(subs[0], "jaxpr", subs[0]).invars)
+                outs = _walk(subs[0], ins[-n:], sizes, found)
+        elif name == "optimization_barrier":
+            outs = ins
+        elif any(ins):
+            found += [
+                f"{name} -> {v.aval.shape}" for v in eqn.outvars if math.prod(v.aval.shape) in sizes
+            ]
+        bad.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in inner.outvars]
+
+
+def _fixpoint(
+    eqn: Any, body: Any, ins: list[bool], sizes: set[int], found: list[str]
+) -> list[bool]:
+    inner = getattr(body, "jaxpr", body)
+    n_xs = sum(o.aval.ndim != i.aval.ndim for o, i in zip(eqn.invars, inner.invars, strict=True))
+    n_carry = sum(
+        o.aval.ndim == i.aval.ndim for o, i in zip(eqn.outvars, inner.outvars, strict=True)
+    )
+    n_consts = len(ins) - n_carry - n_xs
+    while True:
+        outs = _walk(body, ins, sizes, found)
+        carry = [a or b for a, b in zip(ins[n_consts:], outs[:n_carry], strict=False)]
+        if carry == ins[n_consts : n_consts + n_carry]:
+            return outs
+        ins = [*ins[:n_consts], *carry, *ins[n_consts + n_carry :]]
+
+
+def _sub_jaxprs(eqn: Any) -> Iterable[Any]:
+    for key in ("branches", "cond_jaxpr", "body_jaxpr", "jaxpr", "call_jaxpr"):
+        value = eqn.params.get(key)
+        if value is not None:
+            yield from value if isinstance(value, tuple) else (value,)
+
+
+def count_primitives(jaxpr: Any, name: str) -> int:
+    """How many equations of a primitive a jaxpr has, at any depth."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return sum(
+        (eqn.primitive.name == name) + sum(count_primitives(s, name) for s in _sub_jaxprs(eqn))
+        for eqn in inner.eqns
+    )

@@ -1,0 +1,183 @@
+"""Every property, over every case of the registry."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import CASES, Case
+from helpers import assert_close, assert_same, base_sizes, formed, randomized
+
+import jaxlora
+from jaxlora._weight import LoraWeight, is_node
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiles():
+    """Hundreds of tiny programs: compiling them is all of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# Gradients of integers (argmax of a decode) do not exist; reverse mode through `while` neither.
+NOT_DIFFERENTIABLE = {"while_decode", "while_with_carried_params"}
+ONE_BRANCH = {"cond_branches", "cond_chooses_a_weight"}
+
+# bfloat16 inside a float32 function: rounded at other places by another compilation.
+ROUNDED = {"mixed_precision": 1000, "linen_dense_bfloat16": 1}
+
+everywhere = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+differentiable = pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if c.name not in NOT_DIFFERENTIABLE], ids=lambda c: c.name
+)
+
+
+def scalar(out) -> jax.Array:
+    return sum(
+        jnp.sum(jnp.sin(x.astype(jnp.float32)))
+        for x in jax.tree.leaves(out)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    )
+
+
+@everywhere
+def test_roles_are_traced(case: Case):
+    lora, _ = case.lora()
+    pairs, _ = jaxlora._paths.flatten_with_paths(lora, is_leaf=is_node)
+    got = {path: leaf.roles for path, leaf in pairs if isinstance(leaf, LoraWeight)}
+    assert len(got) == len(case.roles)
+    for name, roles in case.roles.items():
+        matching = [r for path, r in got.items() if path == name or f"/{name}" in f"/{path}"]
+        assert matching == [roles]
+
+
+@everywhere
+def test_starts_at_the_base(case: Case):
+    lora, args = case.lora()
+    expected = jax.jit(case.fn)(jaxlora.base_params(lora), *args)
+    assert_close(jaxlora.lora_apply(case.fn)(lora, *args), expected)
+
+
+@everywhere
+def test_factored_is_merged(case: Case):
+    lora, args = case.lora()
+    lora = randomized(lora)
+    got = jaxlora.lora_apply(case.fn)(lora, *args)
+    expected = jax.jit(case.fn)(jaxlora.merge(lora), *args)
+    assert_close(got, expected, ROUNDED.get(case.name, 1))
+    base = jax.jit(case.fn)(jaxlora.base_params(lora), *args)
+    if case.name != "while_decode":  # tokens may agree
+        assert max(
+            float(jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))))
+            for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(base), strict=True)
+        ) > (0.01)
+
+
+@differentiable
+def test_gradients_are_those_through_merged(case: Case):
+    lora, args = case.lora()
+    trainable, frozen = jaxlora.partition(randomized(lora))
+    apply = jaxlora.lora_apply(case.fn)
+
+    def factored(trainable):
+        return scalar(apply(jaxlora.combine(trainable, frozen), *args))
+
+    def merged(trainable):
+        return scalar(case.fn(jaxlora.merge(jaxlora.combine(trainable, frozen)), *args))
+
+    assert_close(
+        jax.jit(jax.grad(factored))(trainable),
+        jax.jit(jax.grad(merged))(trainable),
+        2000 if case.name in ROUNDED else 2,
+    )
+
+
+@everywhere
+def test_never_forms_the_weight(case: Case):
+    lora, args = case.lora()
+    trainable, frozen = jaxlora.partition(randomized(lora))
+    apply = jaxlora.lora_apply(case.fn)
+
+    def loss(trainable):
+        return scalar(apply(jaxlora.combine(trainable, frozen), *args))
+
+    transformed = loss if case.name in NOT_DIFFERENTIABLE else jax.grad(loss)
+    jaxpr = jax.make_jaxpr(transformed)(trainable)
+    tainted = [True] * len(jax.tree.leaves(trainable))
+    assert formed(jaxpr, tainted, base_sizes(lora)) == []
+
+    def naive(trainable):  # the check itself must see it
+        return scalar(case.fn(jaxlora.merge(jaxlora.combine(trainable, frozen)), *args))
+
+    assert formed(jax.make_jaxpr(naive)(trainable), tainted, base_sizes(lora))
+
+
+@everywhere
+def test_eager_jit_and_warm_cache_agree(case: Case):
+    lora, args = case.lora()
+    lora = randomized(lora)
+    compiled = jaxlora.lora_apply(case.fn)
+    bare = jaxlora.lora_apply(case.fn, jit=False)
+    first = compiled(lora, *args)
+    assert_same(compiled(lora, *args), first)
+    factor = ROUNDED.get(case.name, 1)
+    assert_close(bare(lora, *args), first, factor)
+    assert_close(jax.jit(compiled)(lora, *args), first, factor)
+
+
+@everywhere
+def test_vmap_over_adapters_is_a_loop(case: Case):
+    lora, args = case.lora()
+    halves = [jaxlora.partition(randomized(lora, seed)) for seed in (1, 2)]
+    frozen = halves[0][1]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(trainable for trainable, _ in halves))
+    apply = jaxlora.lora_apply(case.fn)
+
+    def one(trainable):
+        return apply(jaxlora.combine(trainable, frozen), *args)
+
+    got = jax.jit(jax.vmap(one))(stacked)
+    one = jax.jit(one)
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *(one(t) for t, _ in halves))
+    assert_close(got, expected, ROUNDED.get(case.name, 2))
+
+
+@everywhere
+def test_another_adapter_compiles_nothing(case: Case):
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return case.fn(*args)
+
+    lora, args = case.lora()
+    apply = jaxlora.lora_apply(counted)
+    for seed in (1, 2, 3):
+        apply(jaxlora.with_scale(randomized(lora, seed), seed / 3), *args)
+    assert len(traces) == 1
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtypes_are_the_models(case: Case, dtype):
+    lora, args = case.lora(dtype=dtype)
+    got = jax.eval_shape(jaxlora.lora_apply(case.fn), lora, *args)
+    expected = jax.eval_shape(case.fn, jaxlora.base_params(lora), *args)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected
+    )
+
+
+@differentiable
+def test_the_base_has_no_gradient(case: Case):
+    lora, args = case.lora()
+    apply = jaxlora.lora_apply(case.fn)
+    gradient = jax.jit(jax.grad(lambda lora: scalar(apply(lora, *args))))(randomized(lora))
+    for leaf in jax.tree.leaves(gradient, is_leaf=is_node):
+        if isinstance(leaf, LoraWeight):
+            assert not jnp.any(leaf.w)
+            assert not jnp.any(leaf.scale)
+            if case.name not in ONE_BRANCH:
+                assert jnp.any(leaf.a)
+                assert jnp.any(leaf.b)
