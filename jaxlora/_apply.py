@@ -9,7 +9,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxlora import _compat, _paths
+from jaxlora import (
+    _compat,
+    _control_flow,  # noqa: F401  (enters its rules)
+    _paths,
+)
 from jaxlora._errors import MaterializeError
 from jaxlora._factored import Factored, Node
 from jaxlora._rules import apply_rule

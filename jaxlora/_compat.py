@@ -9,7 +9,7 @@ from typing import Any
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal
 
-__all__ = ["Literal", "bind", "eqn_context", "is_specified", "source_line", "split_jaxpr"]
+__all__ = ["Literal", "bind", "eqn_context", "is_specified", "ndim", "source_line", "split_jaxpr"]
 
 
 def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
@@ -22,6 +22,11 @@ def split_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     """(jaxpr, its constants), of an open or a closed jaxpr: since JAX 0.12 they are one class."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return inner, list(getattr(jaxpr, "consts", ()))
+
+
+def ndim(var: Any) -> int:
+    """The number of dimensions of a variable's value; 0 for tokens."""
+    return len(getattr(var.aval, "shape", ()))
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+from jax.extend.core import JaxprEqn
 
 from jaxlora import _compat, _paths
 from jaxlora._apply import Arguments, Interpreter, as_array, is_array
-from jaxlora._factored import Dims, Move, Node
+from jaxlora._factored import Node
+from jaxlora._moves import Dims, Move
 from jaxlora._weight import is_node
 
 MATMUL, LOOKUP, OTHER = "matmul", "lookup", "other"
@@ -173,7 +175,13 @@ class Probe(Node):
         return self.replace(w=leaves[0], tracks=tuple(tracks))
 
     def dot(
-        self, y: Any, x: Any, mine: tuple[Dims, Dims], its: tuple[Dims, Dims], first: bool, eqn: Any
+        self,
+        y: Any,
+        x: Any,
+        mine: tuple[Dims, Dims],
+        its: tuple[Dims, Dims],
+        first: bool,
+        eqn: JaxprEqn,
     ) -> Any:
         if isinstance(x, Probe) and self.is_row:
             self.used(f"`dot_general` at {_compat.source_line(eqn)}")

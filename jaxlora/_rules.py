@@ -2,8 +2,8 @@
 
 A rule is a function (interpreter, equation, values) -> outputs, entered in `RULES` under the
 primitive's name. A primitive that has none gets the materialized weight, if the caller allows it.
-Structural rules only describe a `Move`; the weight carries it out. The rules of control flow run
-the interpreter on the equation's sub-jaxprs, inside the same control flow.
+Structural rules only describe a `Move`; the weight carries it out. The rules of higher-order
+primitives are in `_control_flow.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jaxlora import _compat
-from jaxlora import _factored as moves
-from jaxlora._factored import Move, Node, Unfactorable
+from jaxlora import _moves as moves
+from jaxlora._factored import Node, unmarked
+from jaxlora._moves import Move, Unfactorable
 
 if TYPE_CHECKING:
     from jaxlora._apply import Interpreter
@@ -213,10 +214,10 @@ def _stop_gradient(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -
 
 @rule("optimization_barrier")
 def _barrier(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    return _behind_barrier(_no_origin(values))
+    return behind_barrier(unmarked(values))
 
 
-def _behind_barrier(values: Sequence[Any]) -> list[Any]:
+def behind_barrier(values: Sequence[Any]) -> list[Any]:
     # A barrier gives all its operands a tangent if one has it. Bases go through barriers of their
     # own, so that no gradient of theirs is computed.
     rest = [v.replace(w=None, origin=v.origin) if isinstance(v, Node) else v for v in values]
@@ -240,268 +241,10 @@ def _scale(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequen
         raise Unfactorable("both operands are weights")
     if isinstance(right, Node) and eqn.primitive.name == "div":
         raise Unfactorable("it divides by the weight")
+    node: Node
+    factor: Any
     node, factor = (left, right) if isinstance(left, Node) else (right, left)
     (w,) = _compat.bind(eqn, [v.w if v is node else v for v in values])
     if w.shape != node.shape:
         raise Unfactorable("it grows the weight")
     return [node.scaled(w, 1 / factor if eqn.primitive.name == "div" else factor)]
-
-
-# --------------------------------------------------------------------------------------------------
-# Higher-order. Inside, a node is marked with the index of the value that it is (its origin), so
-# that one which comes out as it went in is the caller's own node again.
-
-
-def _enter(values: Sequence[Any]) -> list[Any]:
-    return [v.replace(origin=k) if isinstance(v, Node) else v for k, v in enumerate(values)]
-
-
-def _leave(outs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    return [
-        (v.replace() if v.origin is None else values[v.origin]) if isinstance(v, Node) else v
-        for v in outs
-    ]
-
-
-@rule("jit", "pjit")
-def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    params = eqn.params
-    if params["inline"] is True:
-        return interpreter.eval(params["jaxpr"], values)
-    shardings = params["in_shardings"], params["out_shardings"]
-    run = interpreter.jitted(
-        params["jaxpr"],
-        name=params["name"],
-        donate_argnums=tuple(
-            k
-            for k, donated in enumerate(params["donated_invars"])
-            if donated and not isinstance(values[k], Node)
-        ),
-        in_shardings=None
-        if not any(map(_compat.is_specified, shardings[0]))
-        else tuple(
-            None if isinstance(v, Node) or not _compat.is_specified(s) else s
-            for v, s in zip(values, shardings[0], strict=True)
-        ),
-    )
-    return _leave(run(*_enter(values)), values)
-
-
-@rule("closed_call", "core_call", "core_closed_call", "call")
-def _call(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    return interpreter.eval(eqn.params["call_jaxpr"], values)
-
-
-@rule("remat", "remat2", "checkpoint")
-def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    params = eqn.params
-    inside = _enter(values)
-    if params["differentiated"]:
-        # Part of a backward pass: recompute here, and let the barrier keep XLA from sharing it.
-        if params["prevent_cse"]:
-            inside = _behind_barrier(inside)
-        outs = interpreter.eval(params["jaxpr"], inside)
-    else:
-        run = jax.checkpoint(
-            lambda *args: interpreter.eval(params["jaxpr"], args),
-            policy=params["policy"],
-            prevent_cse=params["prevent_cse"],
-        )
-        outs = run(*inside)
-    return _leave(outs, values)
-
-
-class _Again(Exception):
-    """What the body of a control-flow equation returns does not fit what was assumed of it."""
-
-
-@rule("cond")
-def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    index, *operands = values
-    summed: set[int] = set()  # outputs that the branches make too differently to stay weights
-    use = f"an output of `cond` that its branches make differently, at {_compat.source_line(eqn)}"
-    made: list[list[Any]] = []  # for each branch, its outputs that are nodes, else None
-
-    def run(jaxpr: Any, *args: Any) -> list[Any]:
-        outs = interpreter.eval(jaxpr, args)
-        outs = [interpreter.materialize(v, use) if k in summed else v for k, v in enumerate(outs)]
-        made.append([v if isinstance(v, Node) else None for v in outs])
-        for k, (one, other) in enumerate(zip(made[0], made[-1], strict=True)):
-            alike = one.like(other) if one is not None and other is not None else one is other
-            if not alike:
-                summed.add(k)
-                raise _Again
-        return [jax.tree.leaves(v) for v in outs]
-
-    branches = [lambda *args, j=j: run(j, *args) for j in eqn.params["branches"]]
-    inside = _enter(operands)
-    while True:
-        made.clear()
-        try:
-            outs = lax.switch(index, branches, *inside)
-            break
-        except _Again:
-            continue
-
-    def chosen(leaves: list[Any], nodes: tuple[Any, ...]) -> Any:
-        if nodes[0] is None:
-            return leaves[0]
-        origins = {node.origin for node in nodes}
-        if len(origins) == 1 and None not in origins:
-            return operands[origins.pop()]
-        return nodes[0].either(nodes, leaves)
-
-    return [chosen(*pair) for pair in zip(outs, zip(*made, strict=True), strict=True)]
-
-
-@rule("while")
-def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
-    carry = _Carry(interpreter, eqn, values[n_cond + n_body :])
-
-    def cond(state: Any) -> Any:
-        (out,) = interpreter.eval(eqn.params["cond_jaxpr"], [*cond_consts, *carry.inside(state)])
-        return out
-
-    def body(state: Any) -> Any:
-        outs = interpreter.eval(
-            eqn.params["body_jaxpr"], [*_no_origin(body_consts), *carry.inside(state)]
-        )
-        return carry.outside(outs)
-
-    return carry.run(lambda init: lax.while_loop(cond, body, init))
-
-
-@rule("scan")
-def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    params = eqn.params
-    jaxpr, _ = _compat.split_jaxpr(params["jaxpr"])
-    # What is scanned over has one dim less inside; what is carried comes out as it went in.
-    n_xs = sum(o.aval.ndim != i.aval.ndim for o, i in zip(eqn.invars, jaxpr.invars, strict=True))
-    n_carry = sum(
-        o.aval.ndim == i.aval.ndim for o, i in zip(eqn.outvars, jaxpr.outvars, strict=True)
-    )
-    n_consts = len(values) - n_carry - n_xs
-    consts, xs = values[:n_consts], values[n_consts + n_carry :]
-    carry = _Carry(interpreter, eqn, values[n_consts : n_consts + n_carry])
-    sliced = [_Sliced(v, n_carry + k) for k, v in enumerate(xs)]
-
-    def body(state: Any, slices: Any) -> Any:
-        args = [*_no_origin(consts), *carry.inside(state)]
-        args += [s.inside(x) for s, x in zip(sliced, slices, strict=True)]
-        outs = interpreter.eval(params["jaxpr"], args)
-        stacked = outs[n_carry:]
-        forwarded.clear()
-        for k, v in enumerate(stacked):
-            if isinstance(v, Node) and v.origin is not None and v.origin >= n_carry:
-                forwarded[k] = v.origin - n_carry
-        nodes[:] = [v if isinstance(v, Node) else None for v in stacked]
-        ys = [None if k in forwarded else jax.tree.leaves(v) for k, v in enumerate(stacked)]
-        return carry.outside(outs[:n_carry]), ys
-
-    forwarded: dict[int, int] = {}
-    nodes: list[Any] = []
-
-    def loop(init: Any) -> Any:
-        state, ys = lax.scan(
-            body,
-            init,
-            [s.leaves for s in sliced],
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
-        for k, y in enumerate(ys):
-            if k in forwarded:
-                ys[k] = xs[forwarded[k]]
-            else:
-                ys[k] = nodes[k].stacked(y) if nodes[k] is not None else y[0]
-        return state, ys
-
-    ys: list[Any] = []
-
-    def run(init: Any) -> Any:
-        state, ys[:] = loop(init)
-        return state
-
-    return [*carry.run(run), *ys]
-
-
-def _no_origin(values: Sequence[Any]) -> list[Any]:
-    return [v.replace() if isinstance(v, Node) else v for v in values]
-
-
-class _Sliced:
-    """A scanned-over value: the leaves that span its leading dim are sliced, the others are not."""
-
-    def __init__(self, value: Any, origin: int):
-        self.value, self.origin = value, origin
-        self.leaves = value
-        if isinstance(value, Node):
-            self.value = value = value.filled(0)
-            pairs = list(zip(jax.tree.leaves(value), value.leaf_dims(), strict=True))
-            self.whole = [None if 0 in dims else leaf for leaf, dims in pairs]
-            self.leaves = [
-                jnp.moveaxis(leaf, dims.index(0), 0) if 0 in dims else None for leaf, dims in pairs
-            ]
-
-    def inside(self, x: Any) -> Any:
-        if not isinstance(self.value, Node):
-            return x
-        leaves = [w if s is None else s for w, s in zip(self.whole, x, strict=True)]
-        return self.value.dropped(0, leaves).replace(origin=self.origin)
-
-
-class _Carry:
-    """The carry of a loop that may hold weights.
-
-    A weight that every step hands on unchanged is no state: it is closed over, and comes out as it
-    went in. One that changes but keeps its form is carried leaf by leaf. Anything else is
-    materialized before the loop, if the caller allows it. Which of these holds shows only when the
-    body is traced, so the best is assumed and the loop traced again when that fails.
-    """
-
-    def __init__(self, interpreter: Interpreter, eqn: JaxprEqn, init: Sequence[Any]):
-        self.interpreter, self.init = interpreter, list(init)
-        self.use = f"the carry of `{eqn.primitive.name}` at {_compat.source_line(eqn)}"
-        self.fixed = {k for k, v in enumerate(init) if isinstance(v, Node)}
-
-    def inside(self, state: Sequence[Any]) -> list[Any]:
-        return [
-            self.init[k].replace(origin=k) if k in self.fixed else v for k, v in enumerate(state)
-        ]
-
-    def outside(self, outs: Sequence[Any]) -> list[Any]:
-        """The state that a step's outputs are, or `_Again` with weaker assumptions."""
-        again = False
-        for k, (v, init) in enumerate(zip(outs, self.init, strict=True)):
-            if k in self.fixed:
-                if not (isinstance(v, Node) and v.origin == k):
-                    self.fixed.discard(k)
-                    again = True
-            elif isinstance(init, Node) and not self._same_form(v, init):
-                self.init[k] = self.interpreter.materialize(init, self.use)
-                again = True
-        if again:
-            raise _Again
-        outs = [None if k in self.fixed else v for k, v in enumerate(outs)]
-        return [
-            self.interpreter.materialize(v, self.use)
-            if isinstance(v, Node) and not isinstance(self.init[k], Node)
-            else (v.replace() if isinstance(v, Node) else v)
-            for k, v in enumerate(outs)
-        ]
-
-    @staticmethod
-    def _same_form(v: Any, init: Node) -> bool:
-        return isinstance(v, Node) and init.like(v)
-
-    def run(self, loop: Callable[[list[Any]], Sequence[Any]]) -> list[Any]:
-        while True:
-            init = [None if k in self.fixed else v for k, v in enumerate(self.init)]
-            try:
-                outs = loop(_no_origin(init))
-            except _Again:
-                continue
-            return [self.init[k] if k in self.fixed else v for k, v in enumerate(outs)]

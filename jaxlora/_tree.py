@@ -238,7 +238,8 @@ def summary(lora: Any) -> str:
 
 
 def _scale_text(scale: Any) -> str:
-    if isinstance(scale, jax.core.Tracer) or not hasattr(scale, "min"):
+    try:
+        low, high = float(scale.min()), float(scale.max())
+    except jax.errors.ConcretizationTypeError:  # a summary inside of jit
         return "?"
-    low, high = float(scale.min()), float(scale.max())
     return f"{low:g}" if low == high else f"{low:g}..{high:g}"

@@ -1,0 +1,84 @@
+"""The shape of the package: imports point down the list, and importing it is cheap."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxlora
+
+PACKAGE = pathlib.Path(jaxlora.__file__).parent
+
+# A module imports only from those above it.
+ORDER = [
+    "_errors",
+    "_compat",
+    "_paths",
+    "_weight",
+    "initializers",
+    "_config",
+    "_moves",
+    "_factored",
+    "_rules",
+    "_control_flow",
+    "_apply",
+    "_roles",
+    "_init",
+    "_tree",
+    "optim",
+    "__init__",
+]
+
+
+def imports_of(path: pathlib.Path) -> set[str]:
+    """The modules of the package that a module imports when it runs."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and getattr(branch.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types or not isinstance(node, ast.ImportFrom):
+            continue
+        if node.module == "jaxlora":
+            found |= {alias.name for alias in node.names}
+        elif (node.module or "").startswith("jaxlora."):
+            found.add(node.module.removeprefix("jaxlora."))
+    return found & {p.stem for p in PACKAGE.glob("*.py")}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_down_the_list(path: pathlib.Path):
+    assert path.stem in ORDER, f"{path.name} has no place in the order of modules"
+    above = set(ORDER[: ORDER.index(path.stem)])
+    assert imports_of(path) <= above
+
+
+def test_every_name_is_exported_once():
+    assert len(set(jaxlora.__all__)) == len(jaxlora.__all__)
+    assert all(hasattr(jaxlora, name) for name in jaxlora.__all__)
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_import_adds_no_dependency():
+    """`import jaxlora` loads nothing but itself on top of jax, flax and optax."""
+    loaded = run(
+        "import sys, jax, flax, optax\n"
+        "import jax.extend.core, jax.extend.source_info_util\n"
+        "before = set(sys.modules)\n"
+        "import jaxlora\n"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    ).split()
+    assert set(loaded) <= {"jaxlora", "difflib", "hashlib", "_hashlib", "_blake2"}
