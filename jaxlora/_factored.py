@@ -39,7 +39,8 @@ class Term:
 
     @classmethod
     def tree_unflatten(cls, window, children):
-        return cls(*children, window=window)
+        a, b, scale = children
+        return cls(a, b, scale, window)
 
     @property
     def factors(self) -> tuple[Labelled, Labelled, Labelled]:
@@ -327,7 +328,8 @@ class Factored(Node):
                                 part, window[d][0], window[d][0] + t.size(d), axis=k
                             )
                     product = times(f, Labelled(part, tuple(along)), f.array.dtype)
-                    return dataclasses.replace(t, **{name: product})
+                    changes: dict[str, Any] = {name: product}
+                    return dataclasses.replace(t, **changes)
             raise Unfactorable("its factor varies along input dims and output dims alike")
 
         return self.replace(w=w, terms=tuple(scale(t) for t in self.terms))

@@ -147,7 +147,9 @@ def reshape(shape: Sequence[int], out: Sequence[int]) -> Move:
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(shape) or j < len(out):
-        ins, outs, n, m = [], [], 1, 1
+        ins: list[int] = []
+        outs: list[int] = []
+        n = m = 1
         while n != m or not (ins or outs):
             if n <= m and i < len(shape):
                 n, i = n * shape[i], i + 1

@@ -135,14 +135,17 @@ def combine(trainable: Any, frozen: Any) -> Any:
     >>> combine(*partition(lora))["kernel"].w is params["kernel"]
     True
     """
-    halves = [
+    halves: list[dict[str, Any]] = [
         dict(_paths.flatten_with_paths(half, is_leaf=lambda x: x is None)[0])
         for half in (trainable, frozen)
     ]
     if halves[0].keys() != halves[1].keys():
         odd = [
             f"{path} (only in the {name} half)"
-            for name, mine, other in (("trainable", *halves), ("frozen", *halves[::-1]))
+            for name, mine, other in (
+                ("trainable", halves[0], halves[1]),
+                ("frozen", halves[1], halves[0]),
+            )
             for path in mine.keys() - other.keys()
         ]
         raise TargetError(

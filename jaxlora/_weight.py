@@ -29,7 +29,7 @@ def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...] = ()) ->
         return tuple(getattr(node, f) for f in data), tuple(getattr(node, f) for f in static)
 
     def unflatten(aux, children):
-        node = object.__new__(cls)
+        node: Any = object.__new__(cls)
         for name, value in zip(static + data, (*aux, *children), strict=True):
             object.__setattr__(node, name, value)
         return node

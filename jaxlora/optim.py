@@ -39,7 +39,8 @@ def freeze_base(
     masked = optax.masked(tx, mask)
 
     def check(tree: Any, what: str) -> None:
-        got, expected = jax.tree.structure(tree), jax.tree.structure(mask)
+        got: Any = jax.tree.structure(tree)
+        expected: Any = jax.tree.structure(mask)
         if got != expected:
             raise TargetError(
                 f"freeze_base: got {what} of another structure than the tree it was made for, "
@@ -58,7 +59,7 @@ def freeze_base(
         updates, state = masked.update(updates, state, params, **extra)
         return jax.tree.map(lambda m, u: u if m else _nothing(u), mask, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _nothing(update: Any) -> jax.Array:

@@ -21,7 +21,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 4e-2, "float16": 8e-
 def assert_close(got: Any, expected: Any, factor: float = 1.0) -> None:
     """Two trees of arrays are equal up to rounding in the dtype of the expected ones."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    for x, y in zip(_arrays(got), _arrays(expected), strict=True):
         assert x.dtype == y.dtype, (x.dtype, y.dtype)
         if not jnp.issubdtype(y.dtype, jnp.inexact):
             np.testing.assert_array_equal(x, y)
@@ -36,10 +36,18 @@ def assert_close(got: Any, expected: Any, factor: float = 1.0) -> None:
 def assert_same(got: Any, expected: Any) -> None:
     """Two trees are equal, bit for bit."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    for x, y in zip(_arrays(got), _arrays(expected), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         assert x.dtype == y.dtype
         assert x.tobytes() == y.tobytes()
+
+
+def _arrays(tree: Any) -> list[Any]:
+    """The leaves, random keys as the integers that they are."""
+    return [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(tree)
+    ]
 
 
 def randomized(lora: Any, seed: int = 1) -> Any:
