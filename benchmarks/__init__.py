@@ -1,0 +1,1 @@
+"""Benchmarks of jaxlora against its rivals: `python -m benchmarks --list`."""
