@@ -164,7 +164,8 @@ def _targets(
                 "matmuls. Call jaxlora.init(key, params, config, "
                 "roles=jaxlora.trace_roles(fn, params, *args))."
             )
-        found = {path for path in leaves if roles.is_linear(path)}
+        linear = {_paths.short(path) for path in roles if roles.is_linear(path)}
+        found = {path for path in leaves if _paths.short(path) in linear}
         if not found:
             raise _no_match("targets", ALL_LINEAR, leaves)
     else:
@@ -223,7 +224,7 @@ def _no_match(field: str, pattern: str, paths: Iterable[str]) -> TargetError:
 def _roles_of(path: str, leaf: Any, config: LoraConfig, given: Mapping[str, str] | None) -> str:
     """Declared roles, else given ones, else Flax's own for a two-dimensional kernel."""
     traced = given if isinstance(given, TracedRoles) else None
-    uses = traced.uses.get(path) if traced is not None else None
+    uses = _lookup(traced.uses, path) if traced is not None else None
     if traced is not None and uses is None:
         raise TargetError(
             f"{path}: not among the {len(traced.uses)} leaves of the traced params, expected the "
@@ -235,17 +236,15 @@ def _roles_of(path: str, leaf: Any, config: LoraConfig, given: Mapping[str, str]
             f"train. Leave it out: LoraConfig(..., exclude=[{_paths.short(path)!r}])."
         )
     declared = config.roles_of(path)
-    found = declared or (given or {}).get(path)
-    if found is None and given is not None:
-        found = {_paths.short(p): r for p, r in given.items()}.get(_paths.short(path))
-    example = f"LoraConfig(..., roles={{{_paths.short(path)!r}: '{'i' * (leaf.ndim - 1)}o'}})"
+    found = declared or _lookup(given or {}, path)
+    example = f"LoraConfig(..., roles={{{_paths.short(path)!r}: '...'}})"
     if found is None and uses:
         seen = _paths.listing(dict.fromkeys(str(use) for use in uses))
         raise RolesError(
             f"{path}: no roles for shape {tuple(leaf.shape)} serve all of its uses, expected one "
             f"letter for each dimension, s stacked, i input, o output. It is used as:{seen}\n"
             f"Leave it out, LoraConfig(..., exclude=[{_paths.short(path)!r}]), or say what is "
-            f"meant, for instance {example}."
+            f"meant, {example}."
         )
     if found is None:
         if len(leaf.shape) == 2 and _paths.leaf_name(path) in _IO_NAMES:
@@ -253,8 +252,9 @@ def _roles_of(path: str, leaf: Any, config: LoraConfig, given: Mapping[str, str]
         raise RolesError(
             f"{path}: got no roles for shape {tuple(leaf.shape)}, expected one letter for each "
             "dimension: s stacked, i input, o output. Read them from the model, "
-            "jaxlora.init(..., roles=jaxlora.trace_roles(fn, params, *args)), or say "
-            f"for instance {example}."
+            f"jaxlora.init(..., roles=jaxlora.trace_roles(fn, params, *args)), or say {example}: "
+            "'ioo' for a query kernel (embed, heads, head_dim), 'sio' for a scanned Dense kernel "
+            "(layers, in, out)."
         )
     check_roles(found, leaf.shape, path)
     for use in uses or ():
@@ -265,6 +265,13 @@ def _roles_of(path: str, leaf: Any, config: LoraConfig, given: Mapping[str, str]
                 "traced roles."
             )
     return found
+
+
+def _lookup(table: Mapping[str, Any], path: str) -> Any:
+    """The entry of a path, a leading `params/` on either side left out."""
+    if path in table:
+        return table[path]
+    return next((v for p, v in table.items() if _paths.short(p) == _paths.short(path)), None)
 
 
 def _fits(declared: str, use: str) -> bool:

@@ -67,15 +67,17 @@ def contract(x: Labelled, y: Labelled, out: Sequence[Any], precision: Any) -> La
     return Labelled(array, tuple(out))
 
 
-def times(f: Labelled, scale: Labelled, dtype: Any) -> Labelled:
-    """f * scale, aligned by labels, in float32, rounded to dtype."""
+def times(f: Labelled, factor: Labelled, dtype: Any) -> Labelled:
+    """f * factor, aligned by labels, in float32 or wider, rounded to dtype."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    dims = [f.dims.index(d) for d in scale.dims]
-    order = sorted(range(len(dims)), key=dims.__getitem__)
-    factor = lax.broadcast_in_dim(
-        lax.transpose(scale.array, order).astype(wide), f.array.shape, [dims[k] for k in order]
-    )
-    return Labelled((f.array.astype(wide) * factor).astype(dtype), f.dims)
+    axes = [f.dims.index(d) for d in factor.dims]
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    array = lax.transpose(factor.array, order).astype(wide)
+    if axes:
+        sizes = dict(zip(sorted(axes), array.shape, strict=True))
+        array = array.reshape([sizes.get(k, 1) for k in range(len(f.dims))])
+    # Not broadcast to f's shape: under scan, a broadcast scale would be saved for each layer.
+    return Labelled((f.array.astype(wide) * array).astype(dtype), f.dims)
 
 
 @dataclasses.dataclass(frozen=True)

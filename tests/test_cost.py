@@ -29,6 +29,7 @@ from benchmarks.train_step import (
 )
 
 JAXLORA = (PARTITION, TRAIN_STATE)
+pytestmark = pytest.mark.xdist_group("cost")  # one worker compiles the programs once
 SIZES: dict[str, Any] = {"n_layers": 4, "width": 64, "vocab": 128}
 MODELS = {
     "unrolled": models.Transformer(scan=False, **SIZES),
@@ -78,7 +79,7 @@ def test_temp_memory_is_at_most_that_of_the_hand_written(
     programs: dict[str, Program], name: str
 ) -> None:
     ours, theirs = (programs[n].figures["temp_bytes"] for n in (name, HAND_WRITTEN))
-    assert ours <= 1.02 * theirs
+    assert ours <= 1.002 * theirs  # the limit is 1.02; a broadcast scale once cost 1.004
 
 
 @pytest.mark.parametrize("name", JAXLORA)

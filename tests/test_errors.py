@@ -122,7 +122,8 @@ def test_missing_roles():
     text = message(RolesError, lambda: init(targets=["heads"]))
     assert "heads/kernel: got no roles for shape (4, 2, 3)" in text
     assert "jaxlora.trace_roles(fn, params, *args)" in text
-    assert "LoraConfig(..., roles={'heads/kernel': 'iio'})" in text
+    assert "LoraConfig(..., roles={'heads/kernel': '...'})" in text
+    assert "'sio' for a scanned Dense kernel" in text
 
 
 def test_roles_that_contradict_the_traced_use():

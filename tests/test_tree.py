@@ -109,6 +109,20 @@ def test_roles_are_traced_without_arrays():
     assert dict(roles) == {"head/proj/kernel": "io"}
 
 
+@pytest.mark.parametrize("inner", [True, False])
+def test_traced_roles_serve_with_and_without_params(inner):
+    params = {"params": {"q": jnp.ones((4, 2, 3))}}
+    fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["params"]["q"])  # noqa: E731
+    roles = jaxlora.trace_roles(fn, params, jnp.ones((5, 4)))
+    if not inner:
+        bare = lambda p, x: fn({"params": p}, x)  # noqa: E731
+        roles = jaxlora.trace_roles(bare, params["params"], jnp.ones((5, 4)))
+    tree = params["params"] if inner else params
+    for targets in (["q"], "all-linear"):
+        lora = jaxlora.init(KEY, tree, LoraConfig(targets=targets), roles=roles)
+        assert nodes(lora) == {"q"}
+
+
 def test_init_under_eval_shape_and_jit():
     config = LoraConfig(targets=["query"], rank=2)
     shapes = jax.eval_shape(lambda: jaxlora.init(KEY, PARAMS, config))
