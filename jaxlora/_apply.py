@@ -119,7 +119,7 @@ def lora_apply(
 
     def on_materialize(node: Node, use: str) -> Any:
         assert isinstance(node, Factored)
-        if node.picked:
+        if node.is_row:
             return node.sum()
         if materialize == "allow":
             return node.materialized()

@@ -202,18 +202,19 @@ class Factored(Node):
       terms: the adapters.
       path: for messages.
       origin: see Node.
-      picked: one index of an input or output dim was picked: this is a row of the weight, which may
-        be summed up as an activation.
+      picked: present dims that count picked indices (the tokens of an embedding lookup).
+      sides: the sides, `i` or `o`, of which a dim was picked.
     """
 
     w: Any
     terms: tuple[Term, ...]
     path: str
     origin: int | None = None
-    picked: bool = False
+    picked: frozenset[int] = frozenset()
+    sides: frozenset[str] = frozenset()
 
     def tree_flatten(self):
-        return (self.w, self.terms), (Static(self.path), self.origin, self.picked)
+        return (self.w, self.terms), (Static(self.path), self.origin, self.picked, self.sides)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
@@ -232,7 +233,12 @@ class Factored(Node):
 
     @property
     def is_row(self) -> bool:
-        return self.picked
+        return self._all_picked("i") or self._all_picked("o")
+
+    def _all_picked(self, side: str) -> bool:
+        """Whether single inputs (or outputs) were picked: these are rows (or columns) of W."""
+        own = {d for d, r in enumerate(self.roles()) if r == side and self.shape[d] != 1}
+        return side in self.sides and own <= self.picked
 
     @classmethod
     def joined(cls, w: Any, parts: Sequence[Any], axis: int) -> Factored:
@@ -258,16 +264,15 @@ class Factored(Node):
         return [tuple(range(len(self.shape))), *(f.dims for t in self.terms for f in t.factors)]
 
     def moved(self, move: Move, w: Any) -> Any:
-        sides = {d for d, role in enumerate(self.roles()) if role in "io"}
-        inputs = {d for d, role in enumerate(self.roles()) if role == "i" and self.shape[d] != 1}
+        picked = self.picked | {d for d in move.picked if self.shape[d] != 1}
         node = self.replace(
             w=w,
             terms=tuple(t for t in map(move.on_term, self.terms) if t is not None),
-            picked=self.picked or bool(move.picked & sides),
+            picked=frozenset(j for j, s in enumerate(move.sources) if picked & set(s)),
+            sides=self.sides | ({self.roles()[d] for d in picked} & {"i", "o"}),
         )
         # A lookup of whole rows (an embedding) is an activation from here on.
-        row = not node.terms or (inputs and inputs <= move.picked)
-        return node.sum() if row else node
+        return node.sum() if not node.terms or node._all_picked("i") else node
 
     def dropped(self, d: int, leaves: Sequence[Any]) -> Factored:
         old = jax.tree.structure(self)
@@ -278,8 +283,11 @@ class Factored(Node):
             return Labelled(f.array, left).relabel(lambda e: e - (e > d))
 
         terms = tuple(t.each(drop, {e - (e > d): span for e, span in t.window}) for t in node.terms)
-        picked = self.picked or self.roles()[d] in "io"
-        return node.replace(terms=terms, picked=picked)
+        return node.replace(
+            terms=terms,
+            picked=frozenset(e - (e > d) for e in self.picked if e != d),
+            sides=self.sides | ({self.roles()[d]} & {"i", "o"}),
+        )
 
     def stacked(self, leaves: Sequence[Any]) -> Factored:
         node: Factored = jax.tree.unflatten(jax.tree.structure(self), leaves)
@@ -288,17 +296,16 @@ class Factored(Node):
             return Labelled(f.array, (0, *f.relabel(lambda e: e + 1).dims))
 
         terms = tuple(t.each(add, {e + 1: span for e, span in t.window}) for t in node.terms)
-        return node.replace(terms=terms)
+        return node.replace(terms=terms, picked=frozenset(e + 1 for e in self.picked))
 
     def filled(self, d: int) -> Factored:
         return self.replace(terms=tuple(t.filled([d]) for t in self.terms), origin=self.origin)
 
     def sum(self) -> jax.Array:
         """W + the deltas, in W's dtype: rows of a looked-up weight."""
-        precision = None
         total = self.w
         for t in self.terms:
-            total = total + t.value(self.shape, self.w.dtype, precision).astype(total.dtype)
+            total = total + t.value(self.shape, total.dtype, precision=None)
         return total
 
     def materialized(self) -> jax.Array:
@@ -368,7 +375,7 @@ class Factored(Node):
         out = (*batch, *free, *x_free) if first else (*batch, *x_free, *free)
         # Narrow activations (integers, 8-bit floats) meet the adapter in the result's dtype.
         narrow = not jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype.itemsize == 1
-        dtype = y.dtype if narrow else x.dtype
+        dtype = x.dtype if not narrow else y.dtype if y.dtype.itemsize > 1 else jnp.bfloat16
         for t in self.terms:
             part = self._dot_term(
                 t,

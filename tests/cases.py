@@ -131,7 +131,7 @@ def vector_input():
 
 @case({"w": "io"})
 def both_ways():
-    """An autoencoder with one weight: all inputs are contracted in one use, all outputs in the other."""
+    """An autoencoder with one weight: one use contracts its inputs, the other its outputs."""
     return plain(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, {"w": (11, 13)}, (5, 11))
 
 

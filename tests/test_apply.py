@@ -50,7 +50,7 @@ def test_gradient_against_finite_differences():
         lora = jax.tree.map(lambda v: v.astype(jnp.float64), lora)
         trainable, frozen = jaxlora.partition(lora)
         apply = jaxlora.lora_apply(lambda p, x: jnp.sum(jnp.sin(model(p, x))))
-        loss = lambda t: apply(jaxlora.combine(t, frozen), x)  # noqa: E731
+        loss = lambda t: apply(jaxlora.combine(t, frozen), x)
         gradient = jax.grad(loss)(trainable)
         assert gradient["w"].a.dtype == jnp.float64
         direction = jax.tree.map(lambda v: jnp.cos(jnp.arange(v.size)).reshape(v.shape), trainable)
@@ -149,7 +149,7 @@ def test_bfloat16_is_as_near_as_bfloat16_can_be():
     assert np.abs(got - exact).max() < 2 * worst
 
 
-# --- Nodes that come out ------------------------------------------------------------------------------
+# --- Nodes that come out --------------------------------------------------------------------------
 
 
 def test_an_unchanged_node_comes_out_as_itself():
@@ -245,7 +245,7 @@ def test_nnx_state_comes_back():
     assert_close(jaxlora.merge(new), expected_new)
 
 
-# --- Compositions -------------------------------------------------------------------------------------
+# --- Compositions ---------------------------------------------------------------------------------
 
 
 def test_vmap_axes_over_inputs_and_strengths():
@@ -293,7 +293,7 @@ def test_hessian_and_jacobians():
     trainable, frozen = jaxlora.partition(lora)
 
     def of(apply, params_of):
-        loss = lambda t: jnp.sum(jnp.sin(apply(params_of(t), x)))  # noqa: E731
+        loss = lambda t: jnp.sum(jnp.sin(apply(params_of(t), x)))
         return jax.hessian(loss)(trainable), jax.jacfwd(loss)(trainable)
 
     got = of(jaxlora.lora_apply(model), lambda t: jaxlora.combine(t, frozen))

@@ -33,7 +33,7 @@ def message(error: type[Exception], call) -> str:
     return str(info.value)
 
 
-# --- Patterns ---------------------------------------------------------------------------------------
+# --- Patterns -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_tree_that_is_adapted_already():
     assert "jaxlora.base_params(lora)" in text
 
 
-# --- Roles ------------------------------------------------------------------------------------------
+# --- Roles ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_missing_roles():
 
 
 def test_roles_that_contradict_the_traced_use():
-    fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["heads"]["kernel"])  # noqa: E731
+    fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["heads"]["kernel"])
     traced = jaxlora.trace_roles(fn, PARAMS, jnp.ones((5, 4)))
-    call = lambda: init(targets=["heads"], roles={"heads": "iio"}, traced=traced)  # noqa: E731
+    call = lambda: init(targets=["heads"], roles={"heads": "iio"}, traced=traced)
     text = message(RolesError, call)
     assert "heads/kernel: got roles 'iio'" in text
     assert "matmul 'ioo'" in text
@@ -184,7 +184,7 @@ def test_roles_traced_for_other_params():
     assert "jaxlora.trace_roles(fn, params, *args)" in text
 
 
-# --- Trees of other models ----------------------------------------------------------------------------
+# --- Trees of other models ------------------------------------------------------------------------
 
 
 def node(**changes) -> dict:
@@ -210,7 +210,9 @@ def test_parts_that_do_not_fit(changes, words):
 def grafted():
     """One model's adapters on another model's base, as a careless tree surgery makes it."""
     mine = jaxlora.init(KEY, {"w": {"kernel": jnp.ones((4, 6))}}, LoraConfig(targets=["w"], rank=2))
-    other = jaxlora.init(KEY, {"w": {"kernel": jnp.ones((8, 6))}}, LoraConfig(targets=["w"], rank=2))
+    other = jaxlora.init(
+        KEY, {"w": {"kernel": jnp.ones((8, 6))}}, LoraConfig(targets=["w"], rank=2)
+    )
     return jaxlora.combine(jaxlora.partition(other)[0], jaxlora.partition(mine)[1])
 
 
@@ -252,7 +254,7 @@ def test_an_optimizer_for_another_tree():
     assert "jaxlora.freeze_base(tx, lora)" in text
 
 
-# --- Materializing ------------------------------------------------------------------------------------
+# --- Materializing --------------------------------------------------------------------------------
 
 MATERIALIZING = {
     "sin": lambda p, x: x @ jnp.sin(p["w"]),
@@ -322,3 +324,13 @@ def test_unhashable_argument():
 
     with pytest.raises(TypeError, match=r"type Thing, .* functools.partial"):
         jaxlora.lora_apply(lambda p, thing: p)({"w": jnp.ones(3)}, Thing())
+
+
+def test_one_head_of_a_kernel_is_no_row():
+    """Only rows or columns of the whole weight may be summed up unasked."""
+    lora = init(targets=["heads"], roles={"heads": "ioo"})
+    fn = lambda p, x: x @ jnp.sin(p["heads"]["kernel"][:, 0])
+    text = message(MaterializeError, lambda: jaxlora.lora_apply(fn)(lora, jnp.ones((5, 4))))
+    assert "heads/kernel: the primitive `sin`" in text
+    column = lambda p: jnp.sin(p["heads"]["kernel"][:, 0, 1])
+    assert jaxlora.lora_apply(column)(lora).shape == (4,)

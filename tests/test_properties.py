@@ -11,15 +11,6 @@ from helpers import assert_close, assert_same, base_sizes, formed, randomized
 import jaxlora
 from jaxlora._weight import LoraWeight, is_node
 
-
-@pytest.fixture(autouse=True)
-def _quick_compiles():
-    """Hundreds of tiny programs: compiling them is all of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # Gradients of integers (argmax of a decode) do not exist; reverse mode through `while` neither.
 NOT_DIFFERENTIABLE = {"while_decode", "while_with_carried_params"}
 ONE_BRANCH = {"cond_branches", "cond_chooses_a_weight"}

@@ -51,7 +51,6 @@ QUERIES = {"layer_0/query/kernel", "layer_1/query/kernel"}
         (["params/layer_0/query/kernel"], {"layer_0/query/kernel"}),
         (("query", "key"), QUERIES | {"layer_0/key/kernel"}),
         (["embed"], {"embed/embedding"}),
-        ([r"query"], QUERIES),
         (r".*/query/kernel", QUERIES),
         (r"layer_0/(query|key)/kernel", {"layer_0/query/kernel", "layer_0/key/kernel"}),
         (r"params/layer_\d/query/kernel", QUERIES),
@@ -104,7 +103,7 @@ def test_all_linear_leaves_tied_embeddings_out():
 
 def test_roles_are_traced_without_arrays():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS["params"])
-    fn = lambda p, x: x @ p["head"]["proj"]["kernel"]  # noqa: E731
+    fn = lambda p, x: x @ p["head"]["proj"]["kernel"]
     roles = jaxlora.trace_roles(fn, shapes, jax.ShapeDtypeStruct((5, 6), jnp.float32))
     assert dict(roles) == {"head/proj/kernel": "io"}
 
@@ -112,10 +111,10 @@ def test_roles_are_traced_without_arrays():
 @pytest.mark.parametrize("inner", [True, False])
 def test_traced_roles_serve_with_and_without_params(inner):
     params = {"params": {"q": jnp.ones((4, 2, 3))}}
-    fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["params"]["q"])  # noqa: E731
+    fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["params"]["q"])
     roles = jaxlora.trace_roles(fn, params, jnp.ones((5, 4)))
     if not inner:
-        bare = lambda p, x: fn({"params": p}, x)  # noqa: E731
+        bare = lambda p, x: fn({"params": p}, x)
         roles = jaxlora.trace_roles(bare, params["params"], jnp.ones((5, 4)))
     tree = params["params"] if inner else params
     for targets in (["q"], "all-linear"):
@@ -132,7 +131,7 @@ def test_init_under_eval_shape_and_jit():
 
 def test_keys_belong_to_paths():
     few, many = init(targets=["query"]), init(targets=["query", "key", "head/proj"])
-    pick = lambda lora: lora["params"]["layer_0"]["query"]["kernel"].a  # noqa: E731
+    pick = lambda lora: lora["params"]["layer_0"]["query"]["kernel"].a
     assert_same(pick(few), pick(many))
     assert_same(pick(few), pick(init(targets=["query"])))
     bare = jaxlora.init(KEY, PARAMS["params"], LoraConfig(targets=["query"], rank=2))
@@ -226,7 +225,9 @@ def test_freeze_base_in_a_train_state(tx):
     params = jax.tree.map(lambda x: x, PARAMS)
     params["params"]["layer_1"]["query"]["bias"] = ODD
     params["params"]["layer_0"]["query"]["kernel"] = jnp.full((4, 6), -0.0).at[0].set(0.3)
-    lora = jaxlora.init(KEY, params, LoraConfig(targets=["query", "proj"], rank=2, bias="lora_only"))
+    lora = jaxlora.init(
+        KEY, params, LoraConfig(targets=["query", "proj"], rank=2, bias="lora_only")
+    )
     lora["params"]["layer_1"]["query"]["bias"] = ODD  # frozen after all
     trainable, frozen = jaxlora.partition(lora)
     state = TrainState.create(
