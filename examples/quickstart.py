@@ -1,5 +1,4 @@
 """LoRA on a small network: Linear(10, 50), ReLU, Linear(50, 1), rank 4 on both layers.
-
 Only A and B train, beside the frozen W: y = x W + ((x A) * scale) B.
 """
 
@@ -14,11 +13,9 @@ keys = jax.random.split(jax.random.key(0), 4)
 x, y = jax.random.normal(keys[0], (100, 10)), jax.random.normal(keys[1], (100, 1))
 model = nn.Sequential([nn.Dense(50), nn.relu, nn.Dense(1)])
 params = model.init(keys[2], x)
-
 lora = jaxlora.init(keys[3], params, jaxlora.LoraConfig(rank=4, targets=r".*kernel"))
 apply = jaxlora.lora_apply(model.apply)  # takes `lora` where the model takes its params
 print(jaxlora.summary(lora))
-
 trainable, frozen = jaxlora.partition(lora)
 tx = optax.adam(0.01)
 opt_state = tx.init(trainable)
@@ -37,5 +34,6 @@ for epoch in range(100):
     if epoch % 20 == 0 or epoch == 99:
         print(f"epoch {epoch:2d}  mean squared error {value:.4f}")
 
-merged = model.apply(jaxlora.merge(jaxlora.combine(trainable, frozen)), x)
-print("merged minus factored:", jnp.abs(merged - apply(jaxlora.combine(trainable, frozen), x)).max())
+tuned = jaxlora.combine(trainable, frozen)
+merged = model.apply(jaxlora.merge(tuned), x)
+print(f"merged minus factored: {jnp.abs(merged - apply(tuned, x)).max():.1e} at most")
