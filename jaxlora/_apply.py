@@ -131,7 +131,7 @@ def lora_apply(
 
     def run(arguments: Arguments, dynamic: list[Any]) -> Any:
         nodes = [x if is_node(x) else None for x in dynamic]
-        paths = arguments.paths()
+        paths = arguments.paths(dynamic)
         arrays = [as_array(x, path) for x, path in zip(dynamic, paths, strict=True)]
         out_tree = None
 
@@ -190,7 +190,8 @@ _ARRAY = _Array()
 
 
 def is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic)
+    """Whether a leaf is traced. NumPy's bools are flags, as Python's are."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic) and not isinstance(x, np.bool_)
 
 
 class Arguments:
@@ -199,7 +200,11 @@ class Arguments:
     def __init__(self, treedef: Any, static: tuple[Any, ...]):
         self.treedef, self.static = treedef, static
         # 1, 1.0 and True are equal, and are not the same argument.
-        self._key = treedef, tuple((type(x), x) for x in static)
+        # So are 0.0 and -0.0; and no NaN equals itself.
+        self._key = (
+            treedef,
+            tuple((type(x), x.hex() if isinstance(x, float) else x) for x in static),
+        )
 
     @classmethod
     def split(
@@ -211,11 +216,16 @@ class Arguments:
         static = tuple(_ARRAY if d else x for d, x in zip(dynamic, leaves, strict=True))
         return cls(treedef, static), [x for d, x in zip(dynamic, leaves, strict=True) if d]
 
-    def paths(self) -> list[str]:
-        """Of each array, the path within its argument."""
-        pairs, _ = _paths.flatten_with_paths(jax.tree.unflatten(self.treedef, self.static))
+    def paths(self, dynamic: list[Any]) -> list[str]:
+        """Of each array or node, the path within its argument."""
+        stand_ins = [jax.tree.leaves(x)[0] if is_node(x) else x for x in dynamic]
+        pairs, _ = _paths.flatten_with_paths(self.rebuild(stand_ins))
         # The first two keys say which argument a leaf is in; the rest is the params' own path.
-        return [path.split("/", 2)[-1] for path, x in pairs if x is _ARRAY]
+        return [
+            path.split("/", 2)[-1]
+            for (path, _), x in zip(pairs, self.static, strict=True)
+            if x is _ARRAY
+        ]
 
     def rebuild(self, arrays: Sequence[Any]) -> Any:
         rest = iter(arrays)

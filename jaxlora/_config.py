@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -68,18 +70,32 @@ class LoraConfig:
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        if self.targets is None:
+            raise TargetError(
+                "LoraConfig: got targets None, expected a pattern, for instance "
+                'targets=["query", "value"], or targets="all-linear".'
+            )
         for name, rank in (("rank", self.rank), *self.rank_pattern.items()):
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
                 raise TargetError(
                     f"LoraConfig: got rank {rank!r} ({name}), expected an integer of at least 1, "
                     "for instance LoraConfig(rank=8, ...)."
                 )
         for name, alpha in (("alpha", self.alpha), *self.alpha_pattern.items()):
-            if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+            is_number = isinstance(alpha, numbers.Real) and math.isfinite(alpha)
+            if alpha is not None and not (is_number and alpha > 0):
                 raise TargetError(
                     f"LoraConfig: got alpha {alpha!r} ({name}), expected a positive number, or "
                     "None for alpha = rank. For another strength: jaxlora.with_scale(lora, scale)."
                 )
+        for name in ("rank_pattern", "alpha_pattern", "roles"):
+            for key in getattr(self, name):
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    raise TargetError(
+                        f"LoraConfig: got key {key!r} in {name}, expected a regex ({error})."
+                    ) from None
         if self.bias not in ("none", "all", "lora_only"):
             raise TargetError(
                 f"LoraConfig: got bias {self.bias!r}, expected 'none', 'all' or 'lora_only'."

@@ -96,7 +96,7 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
     def run(jaxpr: Any, *args: Any) -> list[Any]:
         outs = interpreter.eval(jaxpr, args)
         outs = [interpreter.materialize(v, use) if k in summed else v for k, v in enumerate(outs)]
-        made.append([v if isinstance(v, Node) else None for v in outs])
+        made.append([v.skeleton() if isinstance(v, Node) else None for v in outs])
         for k, (one, other) in enumerate(zip(made[0], made[-1], strict=True)):
             alike = one.like(other) if one is not None and other is not None else one is other
             if not alike:
@@ -104,10 +104,11 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
                 raise _Again
         return [jax.tree.leaves(v) for v in outs]
 
-    branches = [lambda *args, j=j: run(j, *args) for j in eqn.params["branches"]]
     inside = _enter(operands)
     while True:
         made.clear()
+        # New functions each time: JAX keeps the traces of those that it has seen.
+        branches = [lambda *args, j=j: run(j, *args) for j in eqn.params["branches"]]
         try:
             outs = lax.switch(index, branches, *inside)
             break
@@ -169,7 +170,7 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
         for k, v in enumerate(stacked):
             if isinstance(v, Node) and v.origin is not None and v.origin >= n_carry:
                 forwarded[k] = v.origin - n_carry
-        nodes[:] = [v if isinstance(v, Node) else None for v in stacked]
+        nodes[:] = [v.skeleton() if isinstance(v, Node) else None for v in stacked]
         ys = [None if k in forwarded else jax.tree.leaves(v) for k, v in enumerate(stacked)]
         return carry.outside(outs[:n_carry]), ys
 
@@ -250,22 +251,27 @@ class _Carry:
                 if not (isinstance(v, Node) and v.origin == k):
                     self.fixed.discard(k)
                     again = True
-            elif isinstance(init, Node) and not self._same_form(v, init):
+            elif isinstance(init, Node) and not (isinstance(v, Node) and init.like(v)):
                 self.summed.add(k)
                 again = True
+            elif isinstance(init, Node):
+                both = init.either([init, v], jax.tree.leaves(init))
+                form: Any = jax.tree.structure(both)
+                if form != jax.tree.structure(init.replace()):
+                    self.init[k] = both
+                    again = True
         if again:
             raise _Again
-        outs = [None if k in self.fixed else v for k, v in enumerate(outs)]
-        return [
-            self.interpreter.materialize(v, self.use)
-            if isinstance(v, Node) and not isinstance(self.init[k], Node)
-            else (v.replace() if isinstance(v, Node) else v)
-            for k, v in enumerate(outs)
-        ]
 
-    @staticmethod
-    def _same_form(v: Any, init: Node) -> bool:
-        return isinstance(v, Node) and init.like(v)
+        def state(k: int, v: Any) -> Any:
+            init = self.init[k]
+            if k in self.fixed:
+                return None
+            if isinstance(v, Node) and isinstance(init, Node):
+                return init.either([init], jax.tree.leaves(v))
+            return self.interpreter.materialize(v, self.use)
+
+        return [state(k, v) for k, v in enumerate(outs)]
 
     def run(self, loop: Callable[[list[Any]], Sequence[Any]]) -> list[Any]:
         while True:

@@ -13,7 +13,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxlora._errors import RolesError
 from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable, contract, times
-from jaxlora._weight import LoraWeight
+from jaxlora._weight import LoraWeight, widened
 
 
 @jax.tree_util.register_pytree_node_class
@@ -64,9 +64,6 @@ class Term:
             if d not in window:
                 continue
             start, total = window.pop(d)
-            if not any(d in f.dims for f in term.factors):
-                unit = Labelled(term.a.array[None], (d, *term.a.dims))
-                term = dataclasses.replace(term, a=unit)
             widths = (start, total - start - term.size(d), 0)
 
             def padded(f: Labelled, d=d, widths=widths) -> Labelled:
@@ -75,6 +72,12 @@ class Term:
 
             term = term.each(padded, window)
         return term
+
+    def spread(self, d: int, n: int) -> Term:
+        """The same term, with dim d of size n in its factors if it was constant along d."""
+        if d in self.a.dims or d in self.b.dims:
+            return self
+        return dataclasses.replace(self, a=self.a.spread(d, n), b=self.b.spread(d, n))
 
     def value(self, shape: Sequence[int], dtype: Any, precision: Any) -> jax.Array:
         """scale * a b as an array of `shape`; only for looked-up rows, and on request."""
@@ -182,6 +185,10 @@ class Node:
 
         return form(self) == form(other)
 
+    def skeleton(self) -> Any:
+        """This node without its arrays: what may outlive a trace."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self)
+
     def either(self, nodes: Sequence[Any], leaves: Sequence[Any]) -> Any:
         """The node, with these leaves, that is one of `nodes`, all alike."""
         return jax.tree.unflatten(jax.tree.structure(self.replace()), leaves)
@@ -246,7 +253,7 @@ class Factored(Node):
         terms, at = [], 0
         for part in parts:
             for t in part.terms if isinstance(part, Factored) else ():
-                t = t.filled([axis])
+                t = t.filled([axis]).spread(axis, part.shape[axis])
                 terms.append(t.each(lambda f: f, dict(t.window) | {axis: (at, w.shape[axis])}))
             at += part.shape[axis]
         paths = ", ".join(dict.fromkeys(p.path for p in parts if isinstance(p, Factored)))
@@ -264,15 +271,17 @@ class Factored(Node):
         return [tuple(range(len(self.shape))), *(f.dims for t in self.terms for f in t.factors)]
 
     def moved(self, move: Move, w: Any) -> Any:
-        picked = self.picked | {d for d in move.picked if self.shape[d] != 1}
+        picked = self.picked | move.picked
         node = self.replace(
             w=w,
-            terms=tuple(t for t in map(move.on_term, self.terms) if t is not None),
+            terms=tuple(
+                t for t in (move.on_term(t, self.shape) for t in self.terms) if t is not None
+            ),
             picked=frozenset(j for j, s in enumerate(move.sources) if picked & set(s)),
             sides=self.sides | ({self.roles()[d] for d in picked} & {"i", "o"}),
         )
         # A lookup of whole rows (an embedding) is an activation from here on.
-        return node.sum() if not node.terms or node._all_picked("i") else node
+        return node.sum(move.valid) if not node.terms or node._all_picked("i") else node
 
     def dropped(self, d: int, leaves: Sequence[Any]) -> Factored:
         old = jax.tree.structure(self)
@@ -301,16 +310,24 @@ class Factored(Node):
     def filled(self, d: int) -> Factored:
         return self.replace(terms=tuple(t.filled([d]) for t in self.terms), origin=self.origin)
 
-    def sum(self) -> jax.Array:
-        """W + the deltas, in W's dtype: rows of a looked-up weight."""
+    def sum(self, valid: Labelled | None = None) -> jax.Array:
+        """W + the deltas, in W's dtype: rows of a looked-up weight.
+
+        A row out of bounds may be NaN, and so may be what comes back to it; neither may reach the
+        gradient of the factor that all rows share. It does not reach a table's either.
+        """
         total = self.w
         for t in self.terms:
-            total = total + t.value(self.shape, total.dtype, precision=None)
+            delta = t.value(self.shape, total.dtype, precision=None)
+            if valid is not None:
+                mask = lax.broadcast_in_dim(valid.array, self.shape, valid.dims)
+                delta = jnp.where(mask, delta, 0)
+            total = total + delta
         return total
 
     def materialized(self) -> jax.Array:
         """W + the deltas in float32 arithmetic at the highest precision, rounded once."""
-        wide = jnp.promote_types(jnp.float32, self.w.dtype)
+        wide = widened(self.w.dtype)
         total = self.w.astype(wide)
         for t in self.terms:
             total = total + t.value(self.shape, wide, lax.Precision.HIGHEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ def init(
 
     def place(path: str, leaf: Any) -> Any:
         if path in full:
-            return FullWeight(w=leaf, value=jnp.asarray(leaf))
+            return FullWeight(w=leaf, value=jnp.array(leaf))  # a copy: both can be donated
         if path not in adapted:
             return leaf
         rank, scale = config.rank_of(path), config.scale(path)
@@ -124,11 +125,22 @@ def _select(
             raise _no_match(field, getattr(pattern, "__name__", "the function"), leaves)
         return found
     if isinstance(pattern, str):
-        found = {path for path in leaves if _paths.matches_regex(path, pattern)}
+        try:
+            found = {path for path in leaves if _paths.matches_regex(path, pattern)}
+        except re.error as error:
+            raise TargetError(
+                f"{field}: got {pattern!r}, expected a regex of the whole path ({error}). "
+                f"For the name of a module, give a list: {field}=[{pattern!r}]."
+            ) from None
         if not found:
             raise _no_match(field, pattern, leaves)
         return found
     names = list(pattern)
+    if not all(isinstance(name, str) for name in names):
+        raise TargetError(
+            f"{field}: got {names!r}, expected a regex, a sequence of names, or a function of "
+            "(path, leaf)."
+        )
     if not names:
         raise _no_match(field, "()", leaves)
     selected = set()
@@ -164,8 +176,8 @@ def _targets(
                 "matmuls. Call jaxlora.init(key, params, config, "
                 "roles=jaxlora.trace_roles(fn, params, *args))."
             )
-        linear = {_paths.short(path) for path in roles if roles.is_linear(path)}
-        found = {path for path in leaves if _paths.short(path) in linear}
+        linear = {_paths.short(path) for path in roles.uses if roles.is_linear(path)}
+        found = {p for p, x in leaves.items() if len(x.shape) >= 2 and _paths.short(p) in linear}
         if not found:
             raise _no_match("targets", ALL_LINEAR, leaves)
     else:
@@ -275,7 +287,7 @@ def _lookup(table: Mapping[str, Any], path: str) -> Any:
 
 
 def _fits(declared: str, use: str) -> bool:
-    """Whether declared roles serve a use; more dims may be stacked than the model stacks."""
-    relaxed = "".join("1" if r == "s" else u for r, u in zip(declared, use, strict=True))
+    """Whether declared roles serve a use; a stacked dim, in either, serves as any role."""
+    relaxed = "".join("1" if "s" in (r, u) else u for r, u in zip(declared, use, strict=True))
     swapped = relaxed.translate(str.maketrans("io", "oi"))
     return agree(declared, relaxed) or agree(declared, swapped)

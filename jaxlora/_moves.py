@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlora._weight import widened
+
 if TYPE_CHECKING:
     from jaxlora._factored import Term
 
@@ -45,6 +47,12 @@ class Labelled:
     def tree_unflatten(cls, dims, children):
         return cls(children[0], dims)
 
+    def spread(self, d: int, n: int) -> Labelled:
+        """The same all along a new dim d of size n."""
+        shape = (n, *self.array.shape)
+        array = lax.broadcast_in_dim(self.array, shape, range(1, len(shape)))
+        return Labelled(array, (d, *self.dims))
+
     def relabel(self, new: Callable[[int], int]) -> Labelled:
         return Labelled(self.array, tuple(d if d == RANK else new(d) for d in self.dims))
 
@@ -69,7 +77,7 @@ def contract(x: Labelled, y: Labelled, out: Sequence[Any], precision: Any) -> La
 
 def times(f: Labelled, factor: Labelled, dtype: Any) -> Labelled:
     """f * factor, aligned by labels, in float32 or wider, rounded to dtype."""
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = widened(dtype)
     axes = [f.dims.index(d) for d in factor.dims]
     order = sorted(range(len(axes)), key=axes.__getitem__)
     array = lax.transpose(factor.array, order).astype(wide)
@@ -90,6 +98,7 @@ class Move:
       picked: dims of which one index is picked: gathered or sliced down to one.
       batched: dims that pair with a batch dim of the indices.
       changed: dims whose content changes, so that a window on them cannot be kept.
+      valid: where a lookup that fills is within bounds, labelled by output dims; None: everywhere.
     """
 
     sources: tuple[tuple[int, ...], ...]
@@ -97,6 +106,7 @@ class Move:
     picked: frozenset[int] = frozenset()
     batched: frozenset[int] = frozenset()
     changed: frozenset[int] = frozenset()
+    valid: Labelled | None = None
 
     def lone(self, d: int) -> int | None:
         """The output dim that is dim d as it was and nothing else; None if there is no such."""
@@ -104,9 +114,11 @@ class Move:
         same = len(found) == 1 and self.sources[found[0]] == (d,) and d not in self.changed
         return found[0] if same else None
 
-    def on_term(self, term: Term) -> Term | None:
-        """Carries a term; None if nothing is left of it."""
+    def on_term(self, term: Term, shape: Sequence[int]) -> Term | None:
+        """Carries a term of a weight of that shape; None if nothing is left of it."""
         term = term.filled(d for d, _ in term.window if self.lone(d) is None)
+        for d in self.changed:  # what was the same all along will not be so
+            term = term.spread(d, shape[d])
         return term.each(self.apply, {self.lone(d): span for d, span in term.window})
 
 
@@ -189,14 +201,29 @@ def reshape(shape: Sequence[int], out: Sequence[int]) -> Move:
             dims = [*rest[:at], *(-2 - k for k in outs), *rest[at:]]
         return Labelled(array, tuple(d if d == RANK else -2 - d for d in dims))
 
-    return Move(tuple(sources), apply)
+    class Reshape(Move):
+        def on_term(self, term: Term, shape: Sequence[int]) -> Term | None:
+            # A dim that the weight was broadcast along fuses with one that a factor spans.
+            for ins, _ in groups:
+                here = {d for f in term.factors for d in f.dims} & set(ins)
+                for d in set(ins) - here if here else ():
+
+                    def spread(f: Labelled, d: int = d, here: set[int] = here) -> Labelled:
+                        return f.spread(d, shape[d]) if here & {*f.dims} else f
+
+                    term = term.filled([d]).each(spread)
+            return super().on_term(term, shape)
+
+    return Reshape(tuple(sources), apply)
 
 
-def cut(starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) -> Move:
+def cut(
+    starts: Sequence[int], limits: Sequence[int], strides: Sequence[int], shape: Sequence[int]
+) -> Move:
     """A static slice of each dim; a window is cut with it, and may vanish."""
 
     class Cut(Move):
-        def on_term(self, term: Term) -> Term | None:
+        def on_term(self, term: Term, shape: Sequence[int]) -> Term | None:
             term = term.filled(d for d, _ in term.window if strides[d] != 1)
             lo, hi = list(starts), list(limits)
             window = {}
@@ -218,7 +245,9 @@ def cut(starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]) ->
             return term.each(lambda f: apply(f) if f.dims else f, window)
 
     picked = frozenset(
-        d for d, (lo, hi) in enumerate(zip(starts, limits, strict=True)) if hi - lo == 1
+        d
+        for d, (lo, hi, n) in enumerate(zip(starts, limits, shape, strict=True))
+        if hi - lo == 1 and n != 1
     )
     return Cut(tuple((d,) for d in range(len(starts))), lambda f: f, picked)
 
@@ -268,7 +297,7 @@ def gather(
     dropped = {*dn.collapsed_slice_dims, *paired}
     kept = [d for d in range(len(sizes)) if d not in dropped]
     offset_of = dict(zip(kept, dn.offset_dims, strict=True))
-    picked = frozenset(d for d in dn.start_index_map if sizes[d] == 1 and shape[d] != 1)
+    picked = frozenset(d for d in dn.start_index_map if sizes[d] == 1)
 
     sources: list[tuple[int, ...]] = [()] * out_ndim
     for d, j in offset_of.items():
@@ -309,16 +338,15 @@ def gather(
             ),
             slice_sizes=[1 if d in paired else s for d, s in zip(f.dims, size, strict=True)],
             mode=params["mode"],
-            # Out-of-bounds rows are NaN if W's are, else the delta is zero there.
-            fill_value=None if params.get("fill_value") is None else _fill(params["fill_value"]),
+            fill_value=0,  # out of bounds W brings the fill value, and the delta is zero
             indices_are_sorted=params["indices_are_sorted"] and not partial,
             unique_indices=False,
         )
         return Labelled(array, (*batch_out, *labels))
 
     changed = {*dn.start_index_map, *(d for d, n in enumerate(sizes) if n != shape[d])}
-    return Move(tuple(sources), apply, picked, frozenset(paired), frozenset(changed))
-
-
-def _fill(value: Any) -> Any:
-    return value if value != value else 0  # NaN stays NaN
+    valid = None
+    if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        limit = jnp.array([shape[d] - sizes[d] for d in dn.start_index_map], indices.dtype)
+        valid = Labelled(jnp.all((indices >= 0) & (indices <= limit), axis=-1), tuple(batch_out))
+    return Move(tuple(sources), apply, picked, frozenset(paired), frozenset(changed), valid)

@@ -57,9 +57,9 @@ class TracedRoles(Mapping[str, str]):
         return len(self.roles)
 
     def is_linear(self, path: str) -> bool:
-        """Whether the weight is used in matmuls and nothing else."""
+        """Whether the weight is used in matmuls, and is no embedding."""
         kinds = {use.kind for use in self.uses.get(path, ())}
-        return path in self.roles and kinds == {MATMUL}
+        return MATMUL in kinds and LOOKUP not in kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ def trace_roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
         return is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
     arguments, dynamic = Arguments.split((params, *args), kwargs, is_abstract)
-    arrays = [as_array(x, path) for x, path in zip(dynamic, arguments.paths(), strict=True)]
+    arrays = [as_array(x, path) for x, path in zip(dynamic, arguments.paths(dynamic), strict=True)]
     pairs, _ = _paths.flatten_with_paths(params, is_leaf=is_node)
     paths = [path for path, x in pairs if is_abstract(x) or is_node(x)]
     uses: dict[str, dict[Use, None]] = {path: {} for path in paths}
@@ -266,7 +266,7 @@ def trace_roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
         for path in paths
     }
     return TracedRoles(
-        roles={p: _complete(r) for p, r in found.items() if r and len(shapes[p]) >= 2},
+        roles={p: r for p, r in found.items() if r and len(shapes[p]) >= 2},
         uses={path: tuple(seen) for path, seen in uses.items()},
     )
 
@@ -282,7 +282,8 @@ def _agreed(uses: Sequence[str]) -> str | None:
         if fitting is None:
             return None
         merged = "".join(v if u == "1" else u for u, v in zip(merged, fitting, strict=True))
-    return merged
+    merged = _complete(merged)
+    return merged if {"i", "o"} <= set(merged) else None
 
 
 def agree(roles: str, use: str) -> bool:

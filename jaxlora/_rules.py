@@ -126,7 +126,7 @@ def _reshape(shape, params, *dynamic) -> Move:
 @structural("slice")
 def _slice(shape, params) -> Move:
     strides = params["strides"] or (1,) * len(shape)
-    return moves.cut(params["start_indices"], params["limit_indices"], strides)
+    return moves.cut(params["start_indices"], params["limit_indices"], strides, shape)
 
 
 @structural("dynamic_slice")
@@ -157,7 +157,7 @@ def _split(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequen
     for w, size in zip(_compat.bind(eqn, [node.w]), eqn.params["sizes"], strict=True):
         lo, hi = [0] * len(ones), list(node.shape)
         lo[axis], hi[axis], at = at, at + size, at + size
-        out.append(node.moved(moves.cut(lo, hi, ones), w))
+        out.append(node.moved(moves.cut(lo, hi, ones, node.shape), w))
     return out
 
 

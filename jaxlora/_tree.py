@@ -45,7 +45,8 @@ def merge(lora: Any) -> Any:
             return leaf.value
         if isinstance(leaf, LoraWeight):
             wide = delta(leaf)
-            return (jnp.asarray(leaf.w).astype(wide.dtype) + wide).astype(leaf.w.dtype)
+            w = jnp.asarray(leaf.w)
+            return (w.astype(wide.dtype) + wide).astype(w.dtype)
         return leaf
 
     return _map_nodes(merged, lora)
@@ -158,9 +159,15 @@ def combine(trainable: Any, frozen: Any) -> Any:
             "combine: got leaves that both halves have, expected None in one of them: "
             f"(trainable, frozen) = jaxlora.partition(lora). They are:{_paths.listing(both)}"
         )
-    return jax.tree.map(
-        lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None
-    )
+    try:
+        return jax.tree.map(
+            lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None
+        )
+    except ValueError as error:  # other containers, or other roles
+        raise TargetError(
+            "combine: got halves of two different trees, expected both from one "
+            f"jaxlora.partition(lora). {error}"
+        ) from None
 
 
 class ParamCount(NamedTuple):
@@ -199,7 +206,9 @@ def count_params(lora: Any) -> ParamCount:
     >>> count_params(init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"])))
     ParamCount(trainable=140, base=1200, total=1340)
     """
-    counts = [_count(leaf) for leaf in jax.tree.leaves(lora, is_leaf=is_node)]
+    counts = jax.tree.leaves(
+        _map_nodes(lambda _, leaf: _count(leaf), lora), is_leaf=lambda x: isinstance(x, ParamCount)
+    )
     return ParamCount(*(sum(column) for column in zip(*counts, strict=True)))
 
 
@@ -214,6 +223,7 @@ def summary(lora: Any) -> str:
     140 of 1,240 parameters train (11.290%); 1 leaf is frozen
     """
     rows = [("path", "shape", "roles", "rank", "scale", "parameters")]
+    total = count_params(lora)
     pairs, _ = _paths.flatten_with_paths(lora, is_leaf=is_node)
     for path, leaf in pairs:
         count = f"{_count(leaf).trainable:,}"
@@ -231,7 +241,6 @@ def summary(lora: Any) -> str:
         ).rstrip()
         for row in rows
     ]
-    total = count_params(lora)
     frozen = sum(not is_node(leaf) for _, leaf in pairs)
     lines.append(
         f"{total.trainable:,} of {total.base:,} parameters train ({total.percent:.3f}%); "
@@ -241,8 +250,7 @@ def summary(lora: Any) -> str:
 
 
 def _scale_text(scale: Any) -> str:
-    try:
-        low, high = float(scale.min()), float(scale.max())
-    except jax.errors.ConcretizationTypeError:  # a summary inside of jit
+    if isinstance(scale, jax.core.Tracer | jax.ShapeDtypeStruct) or scale.size == 0:
         return "?"
+    low, high = float(scale.min()), float(scale.max())
     return f"{low:g}" if low == high else f"{low:g}..{high:g}"

@@ -74,6 +74,8 @@ class LoraWeight:
     roles: str
 
     def __post_init__(self):
+        if isinstance(self.scale, int | float):
+            object.__setattr__(self, "scale", jnp.float32(self.scale))
         self.check()
 
     def check(self, path: str = "this weight") -> None:
@@ -201,6 +203,12 @@ def split_shape(
     return stacked, inputs, outputs
 
 
+def widened(dtype: Any) -> Any:
+    """float32, or dtype if that is as wide."""
+    wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
+    return dtype if wide else jnp.float32
+
+
 def delta(lw: LoraWeight) -> jax.Array:
     r"""The adapter as an array of W's shape: scale * sum_r a[..., r] b[r, ...].
 
@@ -217,7 +225,7 @@ def delta(lw: LoraWeight) -> jax.Array:
       Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
     stacked, inputs, outputs = split_shape(lw.shape, lw.roles)
-    dtype = jnp.promote_types(jnp.float32, jnp.result_type(lw.w, lw.a, lw.b))
+    dtype = jnp.result_type(*(widened(x.dtype) for x in (lw.w, lw.a, lw.b)))
     a = lw.a.astype(dtype).reshape(*stacked, math.prod(inputs), lw.rank)
     b = lw.b.astype(dtype).reshape(*stacked, lw.rank, math.prod(outputs))
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

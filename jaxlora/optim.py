@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlora import _paths
 from jaxlora._errors import TargetError
 from jaxlora._tree import trainable_mask
 
@@ -35,6 +36,13 @@ def freeze_base(
     >>> sum(x.size for x in jax.tree.leaves(tx.init(lora))) == 2 * (3 * 2 + 2 * 4) + 1
     True
     """
+    for path, leaf in _paths.flatten_with_paths(lora)[0]:
+        if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
+            raise TargetError(
+                f"{path}: got a leaf of dtype {leaf.dtype}, expected numbers, since optax adds an "
+                "update to every leaf. Train the halves instead, jaxlora.partition(lora), or keep "
+                "random keys out of the tree."
+            )
     mask = trainable_mask(lora)
     masked = optax.masked(tx, mask)
 
