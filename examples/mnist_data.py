@@ -159,7 +159,8 @@ def _checked(content: bytes, file: IdxFile, path: Path | str, advice: str) -> by
             content = gzip.decompress(content)
     except (EOFError, OSError, zlib.error) as why:
         raise DataError(
-            f"damaged file: {path}\n  got      {len(content):,} bytes, not a whole gzip file ({why})"
+            f"damaged file: {path}\n"
+            f"  got      {len(content):,} bytes, not a whole gzip file ({why})"
             f"\n  expected {file.name}.gz, sha256 {file.gz_sha256}\n{advice}"
         ) from why
     got = hashlib.sha256(content).hexdigest()

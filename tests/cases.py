@@ -408,6 +408,37 @@ def stacked_weights_scanned():
     return plain(fn, {"u": (11, 11), "v": (11, 11)}, (5, 11))
 
 
+@case({"u": "io", "v": "io"})
+def broadcast_then_concatenated():
+    """Weights that are the same along a batch, in windows along that batch."""
+
+    def fn(p, x):
+        u, v = (jnp.broadcast_to(p[k], (n, 7, 11)) for k, n in (("u", 2), ("v", 3)))
+        return jnp.einsum("etd,edf->etf", x, jnp.concatenate([u, v]))
+
+    return plain(fn, {"u": (7, 11), "v": (7, 11)}, (5, 4, 7))
+
+
+@case({"w": "io"})
+def padded_along_a_new_dim():
+    def fn(p, x):
+        w = jnp.pad(p["w"][None], ((1, 2), (0, 0), (0, 0)))
+        return jnp.einsum("td,edf->etf", x, w)
+
+    return plain(fn, {"w": (11, 13)}, (5, 11))
+
+
+@case({"w": "ioo"})
+def heads_repeated():
+    """Grouped-query attention: each key head serves two query heads."""
+
+    def fn(p, x):
+        w = jnp.broadcast_to(p["w"][:, :, None], (11, 3, 2, 5)).reshape(11, 6, 5)
+        return jnp.einsum("td,dhk->thk", x, w)
+
+    return plain(fn, {"w": (11, 3, 5)}, (4, 11))
+
+
 @case({"w": "io"})
 def padded_and_reversed():
     def fn(p, x):
@@ -495,6 +526,18 @@ def scan_with_changing_params():
         return h
 
     return plain(fn, {"w": (11, 13)}, (5, 11))
+
+
+@case({"w": "io", "v": "io"})
+def scan_that_swaps_weights():
+    def fn(p, xs):
+        def body(state, x):
+            w, v, h = state
+            return (v, w, jnp.tanh(h + x @ w)), None
+
+        return lax.scan(body, (p["w"], p["v"], jnp.zeros(13)), xs)[0][2]
+
+    return plain(fn, {"w": (11, 13), "v": (11, 13)}, (5, 11))
 
 
 @case({"w": "ssio"})

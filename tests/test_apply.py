@@ -149,6 +149,44 @@ def test_bfloat16_is_as_near_as_bfloat16_can_be():
     assert np.abs(got - exact).max() < 2 * worst
 
 
+def test_rows_out_of_bounds_do_not_reach_the_gradient():
+    """Padding ids that `take` fills with NaN, masked by the loss: a table's gradient is finite."""
+    lora, ids = adapted(), jnp.array([0, 3, 99])
+
+    def fn(p, ids):
+        return jnp.tanh(jnp.take(p["w"], ids, axis=0, mode="fill"))
+
+    def gradient(apply, params_of):
+        trainable, frozen = jaxlora.partition(lora)
+        loss = lambda t: jnp.sum(
+            jnp.where(ids[:, None] < 4, apply(params_of(jaxlora.combine(t, frozen)), ids), 0)
+        )
+        return jax.grad(loss)(trainable)
+
+    got = gradient(jaxlora.lora_apply(fn), lambda lora: lora)
+    assert_close(got, gradient(fn, jaxlora.merge))
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(got))
+
+
+def test_flags_and_signed_zeros_are_static():
+    apply = jaxlora.lora_apply(lambda p, x, train, y: model(p, x) if train else jnp.asarray(1 / y))
+    lora, x = adapted(), jnp.ones((5, 4))
+    assert apply(lora, x, np.True_, 1.0).shape == (5, 6)
+    eighth = apply(lora, x, np.False_, 8.0)
+    assert eighth == 0.125
+    sign = jaxlora.lora_apply(lambda p, y: jnp.copysign(1.0, y))
+    assert (sign(lora, 0.0), sign(lora, -0.0)) == (1, -1)
+
+
+def test_fresh_trees_can_be_donated():
+    lora = jaxlora.init(
+        KEY, {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)},
+        LoraConfig(targets=["kernel"], train=["bias"]),
+    )  # fmt: skip
+    out = jax.jit(lambda lora: jax.tree.map(lambda x: x + 1, lora), donate_argnums=0)(lora)
+    assert float(out["bias"].value[0]) == 2
+
+
 # --- Nodes that come out --------------------------------------------------------------------------
 
 

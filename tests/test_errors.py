@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import jaxlora
@@ -67,6 +68,10 @@ def test_what_matches_nothing_raises(config, words):
         ({"targets": ["norm"]}, ["targets: 'norm' matches nothing"]),
         ({"targets": ["table"], "roles": {"table": "io"}}, ["table", "int32", "floating-point"]),
         ({"targets": ["head"], "train": ["head"]}, ["head/kernel", "`targets` and by `train`"]),
+        ({"targets": "*query"}, ["targets: got '*query'", "expected a regex"]),
+        ({"targets": [3]}, ["targets: got [3]", "a sequence of names"]),
+        ({"targets": None}, ["got targets None", "all-linear"]),
+        ({"targets": ["query"], "rank_pattern": {"*": 2}}, ["got key '*' in rank_pattern"]),
         ({"targets": "all-linear"}, ["all-linear", "jaxlora.trace_roles(fn, params, *args)"]),
     ],
 )
@@ -82,7 +87,7 @@ def test_rank_is_a_positive_integer(rank):
     assert "expected an integer of at least 1" in text
 
 
-@pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf"), "16"])
 def test_alpha_is_a_positive_number(alpha):
     text = message(TargetError, lambda: LoraConfig(targets=["query"], alpha=alpha))
     assert "expected a positive number" in text
@@ -246,9 +251,20 @@ def test_combine_of_two_trees():
     assert "both halves have" in message(TargetError, lambda: jaxlora.combine(whole, whole))
 
 
-def test_an_optimizer_for_another_tree():
-    import optax
+def test_halves_of_other_roles():
+    one, other = (init(targets=["heads"], roles={"heads": roles}) for roles in ("ioo", "iio"))
+    call = lambda: jaxlora.combine(jaxlora.partition(one)[0], jaxlora.partition(other)[1])
+    assert "halves of two different trees" in message(TargetError, call)
 
+
+def test_a_random_key_among_the_leaves():
+    lora = init(targets=["head"]) | {"rng": KEY}
+    text = message(TargetError, lambda: jaxlora.freeze_base(optax.sgd(1.0), lora))
+    assert "rng: got a leaf of dtype key" in text
+    assert "jaxlora.partition(lora)" in text
+
+
+def test_an_optimizer_for_another_tree():
     tx = jaxlora.freeze_base(optax.sgd(1.0), init(targets=["head"]))
     text = message(TargetError, lambda: tx.init(init(targets=["query"])))
     assert "jaxlora.freeze_base(tx, lora)" in text
@@ -267,6 +283,7 @@ MATERIALIZING = {
     "dot_general": lambda p, x: x @ (p["w"] @ p["w"].T) @ p["w"],
     "custom_vjp_call": lambda p, x: x @ _straight_through(p["w"]),
     "custom_jvp_call": lambda p, x: x @ jax.nn.relu(p["w"]),
+    "cond": lambda p, x: x @ jax.lax.cond(x.sum() > 0, lambda: p["w"], lambda: jnp.ones((4, 6))),
     "scan": lambda p, x: jax.lax.scan(lambda w, _: (w + 1, None), p["w"], length=2)[0].sum() * x,
 }
 

@@ -101,6 +101,15 @@ def test_all_linear_leaves_tied_embeddings_out():
     assert nodes(lora) == {"w"}
 
 
+def test_all_linear_skips_no_matmul():
+    """A weight that is also regularized is a target; it raises where it is used so, not before."""
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4))}
+    fn = lambda p, x: x @ p["w"] @ p["v"] + jnp.sum(p["w"] ** 2)
+    roles = jaxlora.trace_roles(fn, params, jnp.ones((5, 4)))
+    lora = jaxlora.init(KEY, params, LoraConfig(targets="all-linear"), roles=roles)
+    assert nodes(lora) == {"w", "v"}
+
+
 def test_roles_are_traced_without_arrays():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS["params"])
     fn = lambda p, x: x @ p["head"]["proj"]["kernel"]
