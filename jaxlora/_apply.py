@@ -126,7 +126,7 @@ def lora_apply(
         raise MaterializeError(
             f"{node.path}: {use} would have to form W + BA, of shape {node.shape}. Either allow "
             'that with jaxlora.lora_apply(fn, materialize="allow"), or leave this weight out of '
-            f"the targets: LoraConfig(..., exclude=[{_paths.short(node.path)!r}])."
+            f"the targets: LoraConfig(..., exclude={[*map(_paths.short, node.path.split(', '))]})."
         )
 
     def run(arguments: Arguments, dynamic: list[Any]) -> Any:

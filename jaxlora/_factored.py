@@ -256,7 +256,8 @@ class Factored(Node):
                 t = t.filled([axis]).spread(axis, part.shape[axis])
                 terms.append(t.each(lambda f: f, dict(t.window) | {axis: (at, w.shape[axis])}))
             at += part.shape[axis]
-        paths = ", ".join(dict.fromkeys(p.path for p in parts if isinstance(p, Factored)))
+        each = (p.path.split(", ") for p in parts if isinstance(p, Factored))
+        paths = ", ".join(dict.fromkeys(path for several in each for path in several))
         return cls(w, tuple(terms), paths)
 
     def roles(self) -> str:
@@ -280,8 +281,10 @@ class Factored(Node):
             picked=frozenset(j for j, s in enumerate(move.sources) if picked & set(s)),
             sides=self.sides | ({self.roles()[d] for d in picked} & {"i", "o"}),
         )
-        # A lookup of whole rows (an embedding) is an activation from here on.
-        return node.sum(move.valid) if not node.terms or node._all_picked("i") else node
+        # A lookup of some rows (an embedding) is an activation from here on. As many rows as there
+        # are may be a permutation of the weight, and stay one until they are used.
+        rows = node._all_picked("i") and w.size < self.w.size
+        return node.sum(move.valid) if not node.terms or rows else node
 
     def dropped(self, d: int, leaves: Sequence[Any]) -> Factored:
         old = jax.tree.structure(self)
@@ -390,8 +393,10 @@ class Factored(Node):
                 x_dims[axis] = d
         x_free = tuple(d for d in x_dims if d >= ndim)
         out = (*batch, *free, *x_free) if first else (*batch, *x_free, *free)
-        # Narrow activations (integers, 8-bit floats) meet the adapter in the result's dtype.
+        # Narrow activations (integers, 8-bit floats) meet the adapter in the result's dtype, as do
+        # those that meet a wider weight.
         narrow = not jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype.itemsize == 1
+        narrow = narrow or x.dtype.itemsize < self.w.dtype.itemsize
         dtype = x.dtype if not narrow else y.dtype if y.dtype.itemsize > 1 else jnp.bfloat16
         for t in self.terms:
             part = self._dot_term(

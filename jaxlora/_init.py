@@ -77,6 +77,12 @@ def init(
     for path in targets:
         _check_target(path, leaves[path], path in full)
     full |= _biases(config, leaves, targets)
+    for path in full:
+        _check_floating(path, leaves[path])
+    if roles is not None and not isinstance(roles, TracedRoles):
+        for path in roles:
+            if _lookup(leaves, path) is None:
+                raise _no_match("roles", path, leaves)
     for field in ("rank_pattern", "alpha_pattern", "roles"):
         among = leaves if field == "roles" else targets
         for pattern in getattr(config, field):
@@ -191,11 +197,7 @@ def _check_target(path: str, leaf: Any, trains_in_full: bool) -> None:
             f"{path}: got a target of shape {tuple(leaf.shape)}, expected a weight of two or more "
             "dimensions. To train a vector in full: LoraConfig(train=[...]), or bias='all'."
         )
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TargetError(
-            f"{path}: got a target of dtype {leaf.dtype}, expected a floating-point weight. "
-            f"Leave it out: LoraConfig(..., exclude=[{_paths.short(path)!r}])."
-        )
+    _check_floating(path, leaf)
     if trains_in_full:
         raise TargetError(
             f"{path}: matched by `targets` and by `train`, expected one of them. "
@@ -203,10 +205,18 @@ def _check_target(path: str, leaf: Any, trains_in_full: bool) -> None:
         )
 
 
+def _check_floating(path: str, leaf: Any) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TargetError(
+            f"{path}: got a leaf of dtype {leaf.dtype} to train, expected a floating-point one. "
+            f"Leave it out of the pattern, or: LoraConfig(..., exclude=[{_paths.short(path)!r}])."
+        )
+
+
 def _biases(config: LoraConfig, leaves: Mapping[str, Any], targets: list[str]) -> set[str]:
     if config.bias == "none":
         return set()
-    biases = {path for path in leaves if _paths.leaf_name(path) in _BIAS_NAMES}
+    biases = {path for path in leaves if _paths.leaf_name(path) in _BIAS_NAMES} - set(targets)
     if config.bias == "lora_only":
         modules = {_paths.module_path(path) for path in targets}
         biases = {path for path in biases if _paths.module_path(path) in modules}
@@ -222,6 +232,8 @@ def _no_match(field: str, pattern: str, paths: Iterable[str]) -> TargetError:
         "train": "the path of a leaf or the name of a module",
         "bias": "a leaf called `bias` or `b`",
     }.get(field, "the path of a weight, its trailing segments, or a regex of the whole path")
+    if field == "targets":
+        shape += ' (for a module\'s name, a list: targets=["query"])'
     return TargetError(
         f"{field}: {pattern!r} matches nothing, expected {shape}. "
         f"Of the {len(paths)} paths, the nearest are:"

@@ -191,7 +191,7 @@ def reshape(shape: Sequence[int], out: Sequence[int]) -> Move:
                 continue
             if held != ins:
                 raise Unfactorable("it fuses input dims with output dims")
-            at = dims.index(ins[0])
+            at = sum(d not in ins for d in dims[: dims.index(ins[0])])
             rest = [d for d in dims if d not in ins]
             order = [*rest[:at], *ins, *rest[at:]]
             array = lax.transpose(array, [dims.index(d) for d in order])

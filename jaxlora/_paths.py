@@ -127,8 +127,9 @@ def matches_key(path: str, key: str) -> bool:
     >>> matches_key("layer_0/query/kernel", "query"), matches_key("layer_0/query/kernel", ".*_0/.*")
     (True, True)
     """
-    regex = re.compile(rf"(?:.*/)?(?:{key})")
-    return any(regex.fullmatch(p) for p in (path, module_path(path)) if p)
+    regex = re.compile(rf"(?:.*/)?(?:{key.removeprefix('^')})" if key[:1] != "^" else key)
+    whole = {path, short(path)}
+    return any(regex.fullmatch(p) for p in whole | {module_path(p) for p in whole} if p)
 
 
 def nearest(pattern: str, paths: Iterable[str], n: int = 5) -> list[str]:

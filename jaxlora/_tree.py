@@ -160,7 +160,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
             f"(trainable, frozen) = jaxlora.partition(lora). They are:{_paths.listing(both)}"
         )
     try:
-        return jax.tree.map(
+        joined = jax.tree.map(
             lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None
         )
     except ValueError as error:  # other containers, or other roles
@@ -168,6 +168,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
             "combine: got halves of two different trees, expected both from one "
             f"jaxlora.partition(lora). {error}"
         ) from None
+    return _map_nodes(lambda _, leaf: leaf, joined)  # which checks that they fit
 
 
 class ParamCount(NamedTuple):

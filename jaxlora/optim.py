@@ -20,7 +20,8 @@ def freeze_base(
 
     For loops that hold the whole tree, such as Flax's `TrainState`. `optax.masked` alone would pass
     the raw gradients of the frozen leaves through. Under `jax.jit` the gradients of frozen leaves
-    are not computed, because nothing uses them.
+    are not computed, because nothing uses them, and their bits stay what they are (outside of it,
+    a CPU flushes denormal numbers to zero).
 
     Args:
       tx: any optax transformation.
@@ -74,4 +75,4 @@ def _nothing(update: Any) -> jax.Array:
     # x + -0.0 is x for every float x, while -0.0 + 0.0 is 0.0: frozen bits stay frozen.
     if jnp.issubdtype(update.dtype, jnp.inexact):
         return jnp.full(update.shape, -0.0, update.dtype)
-    return jnp.zeros(update.shape, jnp.int8)  # gradients of integers are of dtype float0
+    return jnp.zeros(update.shape, bool)  # gradients of integers are float0; bools never promote
