@@ -102,8 +102,8 @@ def load(data_dir: str | os.PathLike[str] | None = None, cache: Path | None = No
     """
     cache = cache or Path(pooch.os_cache("jaxlora"))
     digits = _from_folder(Path(data_dir), "data-dir") if data_dir else _from_anywhere(cache)
-    print(f"data: {len(digits.train_labels):,} + {len(digits.test_labels):,} digits, "
-          f"from {digits.source}")  # fmt: skip
+    sizes = f"{len(digits.train_labels):,} + {len(digits.test_labels):,}"
+    print(f"data: {sizes} digits, from {digits.source}")
     return digits
 
 

@@ -4,26 +4,27 @@
 
 You will see, in this order:
 
-1. why low rank is enough to store a low-rank matrix: an SVD splits W into B A, and (B A) x = W x;
-2. a Flax network learning the ten digits in one epoch, and how often it errs on each;
-3. LoRA of rank 1 on its three kernels, trained on nines only with the very same training loop;
+1. why few numbers can be enough: an SVD splits a matrix W of rank 2 into B A, and B A x is W x;
+2. a Flax network that learns the ten digits in one epoch, and how often it errs on each;
+3. LoRA of rank 1 on its three kernels, trained on nines alone, with the very same training loop;
 4. what holds exactly: the base did not change by a bit, LoRA off is the base, merged is factored;
-5. the adapter's strength swept with one `vmap`, so that you can choose what to give for the nines.
+5. the adapter's strength, swept with one `vmap`: what repairing the nines costs the other digits.
 
-After hkproj/pytorch-lora, which gets 107 -> 11 errors on nine, and 95.3% -> 84.3% overall.
+After hkproj/pytorch-lora, where errors on nine go from 107 to 11, and accuracy from 95.3% to 84.3%.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import mnist_data
 import numpy as np
 import optax
@@ -32,105 +33,122 @@ from tqdm import tqdm
 
 import jaxlora
 
-Apply: TypeAlias = Callable[..., jax.Array]
-
 DIGIT, BATCH = 9, 10
-CHUNK = 50  # steps of one compiled scan: how often the progress bar moves
-BASE_RATE = 1e-3  # Adam, one epoch at batch 10: 95 to 96%
-# A higher rate repairs more nines and spoils more of the rest: the strength sweep at the end shows
-# the same trade. This one takes at least 85% of the errors on nine away, whatever the seed.
-LORA_RATE = 1.8e-3
+Apply = Callable[..., Any]  # ({"params": ...}, images) -> logits
 
 
 class Network(nn.Module):
-    """784-1000-2000-10 with ReLU; takes the images as bytes."""
+    """784-1000-2000-10 with ReLU; takes images as bytes."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = (images / 255 - 0.1307) / 0.3081  # MNIST's mean and standard deviation
+        x = (images / 255 - 0.1307) / 0.3081  # the mean and standard deviation of MNIST's pixels
         x = nn.relu(nn.Dense(1000)(x))
         x = nn.relu(nn.Dense(2000)(x))
         return nn.Dense(10)(x)
 
 
 def main() -> int:
-    args = arguments()
+    args = parse_args()
     digits = mnist_data.load(args.data_dir)
-    if args.short:
-        digits = digits._replace(
-            test_images=digits.test_images[::10], test_labels=digits.test_labels[::10]
-        )
-    base_steps = 200 if args.short else len(digits.train_labels) // BATCH  # else: one epoch
-    lora_steps = 50 if args.short else 100
-    test = jnp.asarray(digits.test_images), digits.test_labels
-    rng = np.random.default_rng(args.seed)
+    every = 10 if args.short else 1
+    images, labels = jnp.asarray(digits.test_images[::every]), digits.test_labels[::every]
+    base_steps = 100 if args.short else len(digits.train_labels) // BATCH  # one epoch
+    lora_steps = 10 if args.short else 100
+    order = np.random.default_rng(args.seed)
     svd_key, base_key, lora_key = jax.random.split(jax.random.key(args.seed), 3)
 
-    heading("Low rank: what a factored matrix saves")
+    heading("1. A matrix of rank 2 is two thin ones")
     svd_demonstration(svd_key)
 
-    heading("The base: one epoch on all digits")
+    heading("2. The base: one epoch over all digits")
     model = Network()
-    params = model.init(base_key, test[0][:1])["params"]
-    plain: Apply = model.apply
-    state = TrainState.create(apply_fn=plain, params=params, tx=optax.adam(BASE_RATE))
-    state = fit(state, digits.train_images, digits.train_labels, base_steps, rng, "base")
+    params = model.init(base_key, images[:1])["params"]
+    # SGD with a linear decay, where the source has Adam: a step costs half of Adam's, which moves
+    # five arrays of the size of W through memory, and 97.0% is reached whatever the seed. Adam's
+    # last step is a noisy one: between 94.8% and 96.2%.
+    tx = optax.sgd(optax.linear_schedule(0.02, 0.0, base_steps))
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    state = fit(state, digits.train_images, digits.train_labels, base_steps, order, "base")
     params = state.params
-    before = errors(predict(plain, params, test[0]), test[1])
-    print(f"accuracy {accuracy(before, test[1]):.2%}; {before[DIGIT]} errors on digit {DIGIT}")
+    before = errors(model.apply, params, images, labels)
+    print(f"accuracy {1 - before.sum() / len(labels):.2%}, most errors on digit {before.argmax()}")
 
-    heading(f"LoRA: rank 1, {lora_steps} batches of {BATCH}, nothing but the digit {DIGIT}")
+    heading(f"3. LoRA: rank 1, {lora_steps} batches of {BATCH}, the digit {DIGIT} alone")
     config = jaxlora.LoraConfig(
         rank=1,
         alpha=1,
-        targets=["Dense_0", "Dense_1", "Dense_2"],  # their kernels; biases stay as they are
+        targets=["Dense_0", "Dense_1", "Dense_2"],  # their kernels; the biases stay as they are
         initializer=jaxlora.initializers.normal(1.0),  # a ~ N(0, 1), b = 0: starts as the base
     )
     lora = jaxlora.init(lora_key, params, config)
     print(jaxlora.summary(lora))
-    # The loop is the one above. `apply` reads LoRA weights where the model reads plain ones, and
-    # `tx` moves a and b alone: no gradient and no optimizer state for the base.
-    apply = jaxlora.lora_apply(plain)
-    tx = jaxlora.freeze_base(optax.adam(LORA_RATE), lora)
+    # The loop is the one above. `apply` accepts LoRA weights where the model reads plain ones;
+    # `freeze_base` lets a and b move and nothing else. The weight decay is strong on purpose: it
+    # wears off the random start of a, which is noise to the other digits, and what is left is what
+    # the nines have taught. Without it the accuracy falls below 80%.
+    apply = jaxlora.lora_apply(model.apply)
+    tx = jaxlora.freeze_base(optax.adamw(2e-3, weight_decay=15.0), lora)
     state = TrainState.create(apply_fn=apply, params=lora, tx=tx)
+    frozen = jax.tree.map(np.array, params)  # a copy, for the comparison below
     nines = digits.train_labels == DIGIT
-    images, labels = digits.train_images[nines], digits.train_labels[nines]
-    frozen = jax.tree.map(np.array, params)  # a copy, to compare with afterwards
-    lora = fit(state, images, labels, lora_steps, rng, "LoRA").params
-    after = errors(predict(apply, lora, test[0]), test[1])
-    print_table(before, after, test[1])
-    print_counts(lora)
+    x, y = digits.train_images[nines], digits.train_labels[nines]
+    state = fit(state, x, y, lora_steps, order, "LoRA")
+    lora = state.params
+    after = errors(apply, lora, images, labels)
+    print_table(before, after, labels, lora)
 
-    heading("What holds exactly")
-    exact_claims(plain, apply, frozen, lora, test[0][:1000])
+    heading("4. What holds exactly")
+    claims = exact_claims(model.apply, apply, frozen, lora, images[:1000])
 
-    heading("Beyond the source: the adapter's strength, swept with one vmap")
-    strengths = np.linspace(0, 1.2, 5 if args.short else 13)
-    curve = sweep(apply, lora, strengths, *test)
-    print_curve(strengths, curve, test[1])
+    heading("5. Beyond the source: how strong should the adapter be?")
+    strengths = np.linspace(0, 1.2, 4 if args.short else 13)
+    curve = sweep(apply, lora, strengths, images, labels)
+    chosen = choose(strengths, curve, labels)
 
     args.out.mkdir(parents=True, exist_ok=True)
     draw_errors(before, after, args.out / "errors_per_digit.png")
-    draw_curve(strengths, curve, test[1], args.out / "strength_curve.png")
-    print(f"\npictures: {args.out}/errors_per_digit.png, {args.out}/strength_curve.png")
+    draw_curve(strengths, curve, labels, chosen, args.out / "strength_curve.png")
+    print(f"pictures: {args.out}/errors_per_digit.png and {args.out}/strength_curve.png")
+
+    heading("Claims")
     if args.short or not digits.complete:
-        print("A short run, or few digits: the figures say nothing.")
-    return 0
+        print("skipped: base accuracy and errors on nine (they need the full run on all digits)")
+    else:
+        claims |= {
+            "base accuracy is at least 95%": 1 - before.sum() / len(labels) >= 0.95,
+            "errors on nine are down by at least 85%": after[DIGIT] <= 0.15 * before[DIGIT],
+        }
+    for claim, holds in claims.items():
+        print(f"{'holds ' if holds else 'FAILED'}  {claim}")
+    return 0 if all(claims.values()) else 1
 
 
 def svd_demonstration(key: jax.Array) -> None:
-    """A 10 x 10 matrix of rank 2, stored as B (10 x 2) and A (2 x 10): W x + b = B A x + b."""
-    left, right, bias, x = (
-        jax.random.normal(k, shape)
-        for k, shape in zip(jax.random.split(key, 4), [(10, 2), (2, 10), (10,), (10,)], strict=True)
-    )
-    w = left @ right
+    """W (10, 10) of rank 2 = B A, with B = U S and A = V^T cut after the second row."""
+    numbers = jax.random.normal(key, (10, 6))
+    w, x, bias = numbers[:, :2] @ numbers[:, 2:4].T, numbers[:, 4], numbers[:, 5]
     u, s, vt = jnp.linalg.svd(w)
-    rank = int(jnp.sum(s > 1e-5 * s[0]))
+    rank = int(jnp.linalg.matrix_rank(w))
     b, a = u[:, :rank] * s[:rank], vt[:rank]
-    difference = jnp.max(jnp.abs((w @ x + bias) - (b @ (a @ x) + bias)))
-    print(f"W is 10 x 10 of rank {rank}: {w.size} numbers; B and A: {b.size + a.size} numbers")
-    print(f"largest difference of W x + b and B A x + b: {difference:.1e}")
+    gap = float(jnp.abs((w @ x + bias) - (b @ (a @ x) + bias)).max())
+    print(f"W {w.shape}, {w.size} numbers of rank {rank}, is B {b.shape} times A {a.shape}")
+    print(f"W x + b and B A x + b differ by at most {gap:.0e}")
+
+
+@jax.jit
+def train(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, jax.Array]:
+    """One step for each of the batches, images (steps, batch, 784), as one `lax.scan`."""
+
+    def step(state: TrainState, batch: tuple[jax.Array, jax.Array]):
+        def loss(params: Any) -> jax.Array:
+            logits = state.apply_fn({"params": params}, batch[0])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    return jax.lax.scan(step, state, (images, labels), unroll=4)  # unrolled: 10% less time
 
 
 def fit(
@@ -141,176 +159,143 @@ def fit(
     rng: np.random.Generator,
     name: str,
 ) -> TrainState:
-    """Trains for `steps` batches in random order: a `lax.scan` over steps, compiled once."""
-    order = rng.permutation(len(labels))[: steps * BATCH].reshape(-1, CHUNK, BATCH)
-    data = jnp.asarray(images), jnp.asarray(labels)
-
-    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array]:
-        def loss(params: Any) -> jax.Array:
-            logits = state.apply_fn({"params": params}, data[0][batch])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, data[1][batch])
-            return losses.mean()
-
-        value, gradients = jax.value_and_grad(loss)(state.params)
-        return state.apply_gradients(grads=gradients), value
-
-    run = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
-    state = jax.tree.map(jnp.copy, state)  # the caller's arrays outlive the donation
-    with tqdm(total=steps, desc=name, unit="step", disable=None) as bar:
-        for batches in order:
-            state, losses = run(state, batches)
-            bar.set_postfix(loss=f"{losses.mean():.3f}", refresh=False)
-            bar.update(CHUNK)
+    """`steps` shuffled batches; the compiled scan runs 200 at a time, so that a bar can move."""
+    order = np.resize(rng.permutation(len(labels)), (steps, BATCH))
+    with tqdm(total=steps, desc=name, unit="step") as bar:
+        for batches in np.split(order, range(200, steps, 200)):
+            state, losses = train(state, images[batches], labels[batches])
+            bar.set_postfix(loss=f"{losses.mean():.3f}")
+            bar.update(len(batches))
     return state
 
 
+@partial(jax.jit, static_argnums=0)
 def predict(apply: Apply, params: Any, images: jax.Array) -> jax.Array:
-    return jnp.argmax(jax.jit(apply)({"params": params}, images), axis=-1)
+    return apply({"params": params}, images).argmax(-1)
 
 
-def errors(predictions: jax.Array | np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many of each digit are mistaken for another."""
-    return np.bincount(labels[np.asarray(predictions) != labels], minlength=10)
-
-
-def accuracy(wrong: np.ndarray, labels: np.ndarray) -> float:
-    return 1 - wrong.sum() / len(labels)
+def errors(apply: Apply, params: Any, images: jax.Array, labels: np.ndarray) -> np.ndarray:
+    """How many of each digit are taken for another one; shape (10,)."""
+    wrong = np.asarray(predict(apply, params, images)) != labels
+    return np.bincount(labels[wrong], minlength=10)
 
 
 def exact_claims(
-    plain: Apply,
-    apply: Apply,
-    frozen: Any,
-    lora: Any,
-    images: jax.Array,
-) -> None:
-    """The base is untouched, LoRA off is the base, merged is factored. Raises if one is false."""
-    base = jaxlora.base_params(lora)
-    pairs = zip(jax.tree.leaves(frozen), jax.tree.leaves(base), strict=True)
-    same = all(x.tobytes() == np.asarray(y).tobytes() for x, y in pairs)
-    print(f"the {len(jax.tree.leaves(base))} frozen arrays are bit for bit what they were: {same}")
-
-    plain = jax.jit(plain)
-    off = bool(jnp.all(plain({"params": frozen}, images) == plain({"params": base}, images)))
-    print(f"LoRA off gives the base's exact answers: {off}")
-
+    base_apply: Apply, apply: Apply, frozen: Any, lora: Any, images: jax.Array
+) -> dict[str, bool]:
+    """Compares the trained tree with the params as they were before training."""
+    base_apply = jax.jit(base_apply)  # `apply` is compiled too: the same roundings
+    kept = jaxlora.base_params(lora)
+    same = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == y.tobytes(), kept, frozen)
+    base = base_apply({"params": frozen}, images)
+    off = apply({"params": jaxlora.with_scale(lora, 0.0)}, images)
     factored = apply({"params": lora}, images)
-    merged = plain({"params": jaxlora.merge(lora)}, images)
-    relative = float(jnp.max(jnp.abs(factored - merged)) / jnp.max(jnp.abs(factored)))
-    print(f"merged and factored logits differ by {relative:.1e} of the largest: float32 rounding")
-    if not (same and off and relative < 1e-4):
-        raise AssertionError("what must hold exactly does not: please report this")
+    merged = base_apply({"params": jaxlora.merge(lora)}, images)
+    gap, size = float(jnp.abs(factored - merged).max()), float(jnp.abs(merged).max())
+    count = jaxlora.count_params(lora)
+    print(f"merged and factored logits differ by at most {gap:.1e}, the largest being {size:.0f}")
+    return {
+        "the base has 2,807,010 parameters, the adapter 6,794": (
+            (count.base, count.trainable) == (2_807_010, 6_794)
+        ),
+        "the frozen weights are unchanged, bit for bit": all(jax.tree.leaves(same)),
+        "LoRA off gives the base's exact logits": bool(
+            (base_apply({"params": kept}, images) == base).all() and (off == base).all()
+        ),
+        "merged equals factored, within 1e-5 of the largest logit": gap <= 1e-5 * size,
+    }
 
 
 def sweep(
-    apply: Apply,
-    lora: Any,
-    strengths: np.ndarray,
-    images: jax.Array,
-    labels: np.ndarray,
+    apply: Apply, lora: Any, strengths: np.ndarray, images: jax.Array, labels: np.ndarray
 ) -> np.ndarray:
-    """Errors per digit for each strength: (strengths, 10). One vmap over the scale."""
+    """Errors per digit at each strength; shape (strengths, 10)."""
 
-    @jax.jit
-    @jax.vmap
-    def at(strength: jax.Array) -> jax.Array:
-        return jnp.argmax(apply({"params": jaxlora.with_scale(lora, strength)}, images), axis=-1)
+    def at(lora: Any, strength: jax.Array, images: jax.Array) -> jax.Array:
+        return predict(apply, jaxlora.with_scale(lora, strength), images)
 
-    return np.array([errors(p, labels) for p in at(jnp.asarray(strengths, jnp.float32))])
+    at_all = jax.jit(jax.vmap(at, in_axes=(None, 0, None)))
+    parts = [at_all(lora, strengths, part) for part in tqdm(jnp.split(images, 10), desc="sweep")]
+    wrong = np.concatenate(parts, axis=1) != labels
+    return np.stack([np.bincount(labels[row], minlength=10) for row in wrong])
 
 
-# --------------------------------------------------------------------------------------------------
-# What is printed and drawn
+def choose(strengths: np.ndarray, curve: np.ndarray, labels: np.ndarray, spare: float = 2) -> int:
+    """The strongest adapter that costs at most `spare` points of overall accuracy."""
+    accuracy = 100 * (1 - curve.sum(1) / len(labels))
+    print("strength  errors on nine  overall accuracy")
+    for strength, nine, overall in zip(strengths, curve[:, DIGIT], accuracy, strict=True):
+        print(f"{strength:8.1f}{nine:16,}{overall:17.2f}%")
+    best = int(np.flatnonzero(accuracy >= accuracy[0] - spare).max())
+    nines = f"{curve[0, DIGIT]} -> {curve[best, DIGIT]}"
+    print(
+        f"Decide what you can spare, on digits held out for it. For {spare:g} points of accuracy,"
+    )
+    print(f"strength {strengths[best]:.1f} takes the errors on nine {nines}. As plain weights:")
+    print(f"    params = jaxlora.merge(jaxlora.with_scale(lora, {strengths[best]:.1f}))")
+    return best
+
+
+# From here on: reading arguments, printing, drawing.
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="LoRA repairs MNIST's digit 9.")
+    parser.add_argument("--data-dir", type=Path, help="a folder with MNIST's four IDX files")
+    parser.add_argument("--out", type=Path, default=Path("out/mnist_digit9"), help="for pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="seconds: few steps, few digits")
+    return parser.parse_args()
 
 
 def heading(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}")
 
 
-def print_table(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> None:
-    totals = np.bincount(labels, minlength=10)
-    print("\ndigit    of  errors before  errors after")
-    for digit in range(10):
-        mark = "  <- trained on" if digit == DIGIT else ""
-        print(f"{digit:5} {totals[digit]:5} {before[digit]:14} {after[digit]:13}{mark}")
-    print(f"  all {totals.sum():5} {before.sum():14} {after.sum():13}")
-    fewer = 1 - after[DIGIT] / max(1, before[DIGIT])
-    print(f"\nerrors on {DIGIT}: {before[DIGIT]} -> {after[DIGIT]} ({fewer:.1%} fewer)")
-    print(f"accuracy: {accuracy(before, labels):.2%} -> {accuracy(after, labels):.2%}")
-
-
-def print_counts(lora: Any) -> None:
+def print_table(before: np.ndarray, after: np.ndarray, labels: np.ndarray, lora: Any) -> None:
     count = jaxlora.count_params(lora)
-    print(f"parameters: {count.base:,}, adapter {count.trainable:,} (+{count.percent:.3f}%)")
+    print(f"\n{'':28}{'base':>12}{'with LoRA':>12}")
+    for digit, (old, new) in enumerate(zip(before, after, strict=True)):
+        note = f"  {new / max(old, 1) - 1:+.1%}" if digit == DIGIT else ""
+        print(f"errors on digit {digit:<12}{old:>12,}{new:>12,}{note}")
+    old, new = (f"{1 - e.sum() / len(labels):.2%}" for e in (before, after))
+    print(f"{f'accuracy, {len(labels):,} digits':28}{old:>12}{new:>12}")
+    print(f"{'parameters':28}{count.base:>12,}{f'+{count.trainable:,}':>12}  +{count.percent:.3f}%")
 
 
-def print_curve(strengths: np.ndarray, curve: np.ndarray, labels: np.ndarray) -> None:
-    print("strength  errors on 9  accuracy")
-    for strength, wrong in zip(strengths, curve, strict=True):
-        print(f"{strength:8.2f} {wrong[DIGIT]:12} {accuracy(wrong, labels):9.2%}")
-    overall = np.array([accuracy(wrong, labels) for wrong in curve])
-    allowed = np.flatnonzero(overall >= overall[0] - 0.01)
-    best = allowed[np.argmin(curve[allowed, DIGIT])]
-    print(
-        f"Choose what you can afford: within one point of the base's accuracy, strength "
-        f"{strengths[best]:.2f} takes the errors on {DIGIT} from {curve[0, DIGIT]} to "
-        f"{curve[best, DIGIT]}. The adapter is the same; only its scale changes."
-    )
+GREY, BLUE, RED = "#b8bec6", "#2f6db3", "#c8402f"
 
 
 def draw_errors(before: np.ndarray, after: np.ndarray, path: Path) -> None:
-    figure, axes = new_figure()
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     digits = np.arange(10)
-    for shift, values, label, colour in (
-        (-0.21, before, "base", "#9aa5b1"),
-        (0.21, after, "base + LoRA, trained on nines", "#d1495b"),
-    ):
-        bars = axes.bar(digits + shift, values, 0.4, label=label, color=colour)
-        axes.bar_label(bars, fontsize=8, padding=2)
-    axes.set(xticks=digits, xlabel="digit", ylabel="errors on the test digits")
-    axes.margins(y=0.12)
-    axes.set_title("Rank 1 repairs the nine, and the rest pays for it", loc="left")
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
-def draw_curve(strengths: np.ndarray, curve: np.ndarray, labels: np.ndarray, path: Path) -> None:
-    figure, axes = new_figure()
-    overall = [100 * accuracy(wrong, labels) for wrong in curve]
-    axes.plot(curve[:, DIGIT], overall, "o-", color="#d1495b", markersize=5)
-    for k, (strength, x, y) in enumerate(zip(strengths, curve[:, DIGIT], overall, strict=True)):
-        if k % 2 == 0:
-            axes.annotate(f"{strength:.1f}", (x, y), (6, 6), textcoords="offset points", fontsize=9)
-    axes.set(xlabel=f"errors on the digit {DIGIT}", ylabel="accuracy on all digits, %")
-    axes.margins(0.08)
-    axes.set_title("One adapter, every strength: choose your point", loc="left")
-    axes.text(0.98, 0.04, "labels: strength (0 = base, 1 = as trained)", fontsize=9, ha="right",
-              transform=axes.transAxes)  # fmt: skip
-    figure.savefig(path)
-
-
-def new_figure() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    colors = [RED if digit == DIGIT else BLUE for digit in digits]
+    axes.bar_label(axes.bar(digits - 0.2, before, 0.38, color=GREY), fontsize=8, padding=2)
+    axes.bar_label(axes.bar(digits + 0.2, after, 0.38, color=colors), fontsize=8, padding=2)
+    axes.margins(y=0.1)
+    axes.set(xticks=digits, xlabel="digit", ylabel="errors")
+    axes.set_title("LoRA on nines alone: errors per digit, before (grey) and after", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data-dir", type=Path, help="a folder with the four IDX files of MNIST")
-    parser.add_argument("--out", type=Path, default=Path("out/mnist_digit9"), help="for pictures")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="a few steps, to see that it runs")
-    return parser.parse_args()
+def draw_curve(
+    strengths: np.ndarray, curve: np.ndarray, labels: np.ndarray, chosen: int, path: Path
+) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    accuracy, nines = 100 * (1 - curve.sum(1) / len(labels)), curve[:, DIGIT]
+    axes.plot(accuracy, nines, color=BLUE, marker="o", markersize=5)
+    axes.plot(accuracy[chosen], nines[chosen], color=RED, marker="o", markersize=8)
+    for strength, x, y in zip(strengths, accuracy, nines, strict=True):
+        axes.annotate(f"{strength:.1f}", (x, y), (-5, 5), textcoords="offset points", ha="right")
+    axes.set(xlabel="overall accuracy, %", ylabel="errors on nine", ylim=(0, None))
+    axes.margins(x=0.06)
+    axes.set_title("Strength of the adapter: 0 is the base, 1 as trained", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except mnist_data.DataError as error:
-        sys.exit(f"error: {error}")
+    raise SystemExit(main())
