@@ -127,7 +127,7 @@ def matches_key(path: str, key: str) -> bool:
     >>> matches_key("layer_0/query/kernel", "query"), matches_key("layer_0/query/kernel", ".*_0/.*")
     (True, True)
     """
-    regex = re.compile(rf"(?:.*/)?(?:{key.removeprefix('^')})" if key[:1] != "^" else key)
+    regex = re.compile(rf"(?:.*/)?(?:{key})")
     whole = {path, short(path)}
     return any(regex.fullmatch(p) for p in whole | {module_path(p) for p in whole} if p)
 

@@ -419,6 +419,31 @@ def broadcast_then_concatenated():
     return plain(fn, {"u": (7, 11), "v": (7, 11)}, (5, 4, 7))
 
 
+@case({"w": "ioo"})
+def transposed_then_fused():
+    """The factor's own order of dims is not the weight's any more when they fuse."""
+
+    def fn(p, x):
+        return x @ p["w"].transpose(0, 2, 1).reshape(11, 15)
+
+    return plain(fn, {"w": (11, 3, 5)}, (4, 11))
+
+
+@case({"w": "oi"}, declared={"w": "oi"})
+def columns_permuted():
+    return plain(
+        lambda p, x: jnp.tanh(x @ p["w"][:, jnp.arange(12, -1, -1)]), {"w": (11, 13)}, (5, 11)
+    )
+
+
+@case({"w": "io"}, declared={"w": "io"})
+def rows_permuted():
+    """As many rows as there are: still a weight, when it meets a matmul."""
+    return plain(
+        lambda p, x: jnp.tanh(x @ p["w"][jnp.arange(10, -1, -1)]), {"w": (11, 13)}, (5, 11)
+    )
+
+
 @case({"w": "io"})
 def padded_along_a_new_dim():
     def fn(p, x):

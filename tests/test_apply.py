@@ -187,6 +187,12 @@ def test_fresh_trees_can_be_donated():
     assert float(out["bias"].value[0]) == 2
 
 
+def test_a_wider_weight_widens_the_adapter():
+    lora, x = adapted((64, 48)), jax.random.normal(KEY, (5, 64)).astype(jnp.bfloat16)
+    fn = lambda p, x: x @ p["w"]
+    assert_close(jaxlora.lora_apply(fn)(lora, x), fn(jaxlora.merge(lora), x))
+
+
 # --- Nodes that come out --------------------------------------------------------------------------
 
 

@@ -257,6 +257,17 @@ def test_halves_of_other_roles():
     assert "halves of two different trees" in message(TargetError, call)
 
 
+def test_roles_given_for_no_leaf():
+    text = message(TargetError, lambda: init(targets=["head"], traced={"haed/kernel": "io"}))
+    assert "roles: 'haed/kernel' matches nothing" in text
+    assert "head/kernel" in text
+
+
+def test_an_integer_that_is_to_train():
+    text = message(TargetError, lambda: init(targets=["head"], train=["table"]))
+    assert "table: got a leaf of dtype int32 to train" in text
+
+
 def test_a_random_key_among_the_leaves():
     lora = init(targets=["head"]) | {"rng": KEY}
     text = message(TargetError, lambda: jaxlora.freeze_base(optax.sgd(1.0), lora))

@@ -76,6 +76,21 @@ def test_train_and_bias():
     assert len(nodes(init(targets=["query"], bias="all"), FullWeight)) == 5
 
 
+def test_a_target_called_b_is_no_bias():
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 5)), "head": {"b": jnp.ones(5)}}
+    config = LoraConfig(
+        targets=["a", "b"], bias="all", roles={"a": "io", "b": "io"}, exclude=["head"]
+    )
+    lora = jaxlora.init(KEY, params, config)
+    assert nodes(lora) == {"a", "b"}
+    assert nodes(lora, FullWeight) == {"head/b"}
+
+
+def test_keys_may_be_anchored_below_params():
+    lora = init(targets=["query"], rank_pattern={"^layer_1/query": 3})
+    assert lora["params"]["layer_1"]["query"]["kernel"].rank == 3
+
+
 def test_ranks_and_scales():
     lora = init(targets=["query", "key"], rank=4, alpha=8, rank_pattern={"layer_1/query": 2})
     layers = lora["params"]
