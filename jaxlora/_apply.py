@@ -84,7 +84,9 @@ def lora_apply(
     for each set of shapes and is not changed.
 
     Array leaves of the arguments (JAX and NumPy arrays, tracers) are traced; all else (bools, ints,
-    strings, callables, None) stays Python, so that `train=True` works.
+    strings, callables, None) stays Python, so that `train=True` works; a number that changes from
+    call to call is best passed as an array, since each Python value compiles anew. Apply once,
+    outside of the training loop: what is compiled is kept with the returned function.
 
     Args:
       fn: any JAX function; its `LoraWeight`s and `FullWeight`s may sit anywhere in its arguments.

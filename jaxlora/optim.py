@@ -23,6 +23,9 @@ def freeze_base(
     are not computed, because nothing uses them, and their bits stay what they are (outside of it,
     a CPU flushes denormal numbers to zero).
 
+    Wrappers of the optimizer go inside, `freeze_base(optax.MultiSteps(tx, 4), lora)`: outside, they
+    would keep accumulators for frozen leaves.
+
     Args:
       tx: any optax transformation.
       lora: a tree of the structure that will be trained; only its structure is kept.
