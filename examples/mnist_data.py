@@ -21,7 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pooch
@@ -175,7 +175,7 @@ def _checked(content: bytes, file: IdxFile, path: Path | str, advice: str) -> by
 
 def _download(cache: Path) -> None:
     pooch.get_logger().setLevel("WARNING")
-    downloader = pooch.HTTPDownloader(timeout=5, progressbar=True)
+    downloader: Any = pooch.HTTPDownloader(timeout=5, progressbar=True)
     for file in FILES:
         name = f"{file.name}.gz"
         for mirror in MIRRORS:
