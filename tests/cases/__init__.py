@@ -1,0 +1,10 @@
+"""The registry: every kind of layer and use, once. `test_properties.py` runs over all of it.
+
+Sizes are chosen so that no activation has as many elements as an adapted weight or a layer of it:
+an equation that makes so many elements from an adapter has formed W + BA.
+"""
+
+from cases import contractions, control_flow, linen, lookups, nnx, structure  # noqa: F401
+from cases._registry import CASES, Case
+
+__all__ = ["CASES", "Case"]

@@ -1,0 +1,77 @@
+"""`Case`, and how functions enter the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxlora
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A function, its params, and what is known of them.
+
+    Attributes:
+      fn: (params, *args) -> arrays.
+      make: (key) -> (params, args).
+      roles: {path: roles} of what is adapted, as `trace_roles` should find them.
+      declared: roles that only the user can know, for LoraConfig(roles=...).
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    make: Callable[[jax.Array], tuple[Any, tuple[Any, ...]]]
+    roles: Mapping[str, str]
+    declared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cache  # noqa: B019  (cases live as long as the tests)
+    def lora(self, rank: int = 2, seed: int = 0, dtype: Any = None) -> tuple[Any, tuple[Any, ...]]:
+        """(a lora tree with fresh adapters, args)"""
+        params, args = self.make(jax.random.key(seed))
+        if dtype is not None:
+            params, args = cast((params, args), dtype)
+        config = jaxlora.LoraConfig(
+            rank=rank, alpha=3, targets=list(self.roles), roles=self.declared
+        )
+        roles = jaxlora.trace_roles(self.fn, params, *args)
+        return jaxlora.init(jax.random.key(seed + 1), params, config, roles=roles), args
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(roles: Mapping[str, str], declared: Mapping[str, str] | None = None):
+    """Registers a function () -> (fn, make) under its name."""
+
+    def enter(define: Callable[[], tuple[Any, Any]]) -> None:
+        fn, make = define()
+        CASES[define.__name__] = Case(define.__name__, fn, make, roles, declared or {})
+
+    return enter
+
+
+def plain(fn: Callable[..., Any], shapes: Mapping[str, tuple[int, ...]], *args: Any):
+    """A plain function of a dict of weights; args are shapes, or arrays."""
+
+    def make(key: jax.Array) -> tuple[Any, tuple[Any, ...]]:
+        keys = iter(jax.random.split(key, len(shapes) + len(args)))
+        params = {name: jax.random.normal(next(keys), shape) / 4 for name, shape in shapes.items()}
+        arrays = (jax.random.normal(next(keys), a) if isinstance(a, tuple) else a for a in args)
+        return params, tuple(arrays)
+
+    return fn, make
+
+
+TOKENS = jnp.array([[1, 5, 0], [3, 3, 12]])
