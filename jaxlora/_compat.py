@@ -9,12 +9,20 @@ from typing import Any
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal
 
-__all__ = ["Literal", "bind", "eqn_context", "is_specified", "ndim", "source_line", "split_jaxpr"]
+__all__ = [
+    "Literal",
+    "bind",
+    "eqn_context",
+    "is_specified",
+    "ndim",
+    "source_line",
+    "split_jaxpr",
+]
 
 
-def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """Runs an equation as it is, on other values; always returns a list."""
-    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+def bind(eqn: JaxprEqn, args: Sequence[Any], **changes: Any) -> list[Any]:
+    """Runs an equation as it is, or with some parameters changed; always returns a list."""
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params | changes))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn
 
-from jaxlora._errors import RolesError
+from jaxlora._contractions import Contraction
 from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable, contract, times
 from jaxlora._weight import LoraWeight, widened
 
@@ -67,6 +66,8 @@ class Term:
             widths = (start, total - start - term.size(d), 0)
 
             def padded(f: Labelled, d=d, widths=widths) -> Labelled:
+                if d not in f.dims:
+                    return f
                 config = [widths if e == d else (0, 0, 0) for e in f.dims]
                 return Labelled(lax.pad(f.array, jnp.zeros((), f.array.dtype), config), f.dims)
 
@@ -151,8 +152,8 @@ class Node:
     def moved(self, move: Move, w: Any) -> Any:
         raise NotImplementedError
 
-    def dot(self, y: Any, x: Any, mine: Any, its: Any, first: bool, eqn: JaxprEqn) -> Any:
-        """What the model sees of a contraction with x; y is that of w. See `Factored.dot`."""
+    def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
+        """What the model sees of a contraction with x; y is that of w."""
         raise NotImplementedError
 
     def scaled(self, w: Any, factor: Any) -> Any:
@@ -361,108 +362,7 @@ class Factored(Node):
 
         return self.replace(w=w, terms=tuple(scale(t) for t in self.terms))
 
-    def dot(
-        self,
-        y: Any,
-        x: Any,
-        mine: tuple[Dims, Dims],
-        its: tuple[Dims, Dims],
-        first: bool,
-        eqn: JaxprEqn,
-    ) -> Any:
-        """Adds the deltas of a contraction with x to `y`, the same contraction of w with x.
-
-        Args:
-          y: the base's result: batch dims, then the left operand's free dims, then the right's.
-          x: the other operand.
-          mine, its: (contracted dims, batch dims) of W and of x, in pairs.
-          first: whether the weight is the left operand.
-          eqn: the equation.
-
-        Raises:
-          RolesError: the roles say that a contracted dim is an output or a free one an input.
-          Unfactorable: nothing is contracted with the adapter.
-        """
-        (contracted, batch), (x_contracted, x_batch) = mine, its
-        ndim = len(self.shape)
-        free = tuple(d for d in range(ndim) if d not in (*contracted, *batch))
-        # x's axes carry W's labels where they meet W; its own are numbered past W's.
-        x_dims = list(range(ndim, ndim + x.ndim))
-        for axes, dims in ((x_contracted, contracted), (x_batch, batch)):
-            for axis, d in zip(axes, dims, strict=True):
-                x_dims[axis] = d
-        x_free = tuple(d for d in x_dims if d >= ndim)
-        out = (*batch, *free, *x_free) if first else (*batch, *x_free, *free)
-        # Narrow activations (integers, 8-bit floats) meet the adapter in the result's dtype, as do
-        # those that meet a wider weight.
-        narrow = not jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype.itemsize == 1
-        narrow = narrow or x.dtype.itemsize < self.w.dtype.itemsize
-        dtype = x.dtype if not narrow else y.dtype if y.dtype.itemsize > 1 else jnp.bfloat16
+    def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
         for t in self.terms:
-            part = self._dot_term(
-                t,
-                Labelled(x.astype(dtype), tuple(x_dims)),
-                contracted,
-                free,
-                out,
-                first,
-                eqn.params["precision"],
-            )
-            at = {d: out.index(d) for d in (*batch, *free)}
-            y = y + t.placed(part, at, y.shape).astype(y.dtype)
+            y = y + contraction.share(self, t, x, y).astype(y.dtype)
         return y
-
-    def _dot_term(
-        self,
-        t: Term,
-        x: Labelled,
-        contracted: Dims,
-        free: Dims,
-        out: Sequence[int],
-        first: bool,
-        prec: Any,
-    ) -> Labelled:
-        def spans(f: Labelled, other: Labelled) -> set[int]:
-            return {d for d in f.dims if d != RANK and d not in other.dims and t.size(d) != 1}
-
-        summed, left = set(contracted), set(free)
-        by_a, by_b = spans(t.a, t.b) & summed, spans(t.b, t.a) & summed
-        start, end = (t.b, t.a) if by_b and not by_a else (t.a, t.b)
-        if (by_a and by_b) or ((by_a or by_b) and spans(start, end) & left):
-            uses = "".join(
-                "i" if d in summed else "o" if d in left else "s" for d in range(len(self.shape))
-            )
-            raise RolesError(
-                f"{self.path}: got roles {self.roles()!r} (of its dims as they reach the matmul), "
-                f"but it is used as {uses!r}: a matmul contracts all input dims or all output dims "
-                "of a weight. Give the right roles in LoraConfig(roles={...}), or read them from "
-                "the model: jaxlora.init(..., roles=jaxlora.trace_roles(fn, params, *args))."
-            )
-        if not (by_a or by_b or summed & {*t.a.dims, *t.b.dims}):
-            raise Unfactorable("it contracts no dim of the weight")
-
-        array, dims = x.array, list(x.dims)
-        for d, (at, _) in t.window:
-            if d in dims:
-                array = lax.slice_in_dim(array, at, at + t.size(d), axis=dims.index(d))
-        # Dims that the term is constant along: W's equal columns meet the sum of x's rows.
-        constant = [d for d in summed if d not in t.a.dims and d not in t.b.dims]
-        array = (
-            array.sum([dims.index(d) for d in constant], dtype=array.dtype) if constant else array
-        )
-        x = Labelled(array, tuple(d for d in dims if d not in constant))
-
-        def product(f: Labelled, y: Labelled, result: Sequence[int]) -> Labelled:
-            f = Labelled(f.array.astype(y.array.dtype), f.dims)
-            return contract(*((f, y) if first else (y, f)), result, prec)
-
-        later = {*end.dims, *out}  # stacked dims stay for the second factor even if contracted
-        kept_x = [d for d in x.dims if d not in start.dims or d in later]
-        kept_f = [d for d in start.dims if d not in kept_x and (d in later or d == RANK)]
-        together = [d for d in kept_x if d in start.dims]
-        alone = [d for d in kept_x if d not in start.dims]
-        h = product(start, x, [*together, *(kept_f + alone if first else alone + kept_f)])
-        h = times(h, t.scale, h.array.dtype)
-        wanted = [d for d in out if d in h.dims or d in end.dims]
-        part = product(end, h, wanted)
-        return Labelled(part.array, tuple(out.index(d) for d in part.dims))

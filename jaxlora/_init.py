@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlora import _paths
 from jaxlora._config import ALL_LINEAR, LoraConfig
 from jaxlora._errors import RolesError, TargetError
-from jaxlora._roles import OTHER, TracedRoles, agree
+from jaxlora._roles import OTHER, TracedRoles, agree, swapped
 from jaxlora._weight import FullWeight, LoraWeight, check_roles, is_node, split_shape
 
 _IO_NAMES = ("kernel", "embedding")  # Flax's own names for (in, out) matrices
@@ -301,5 +301,4 @@ def _lookup(table: Mapping[str, Any], path: str) -> Any:
 def _fits(declared: str, use: str) -> bool:
     """Whether declared roles serve a use; a stacked dim, in either, serves as any role."""
     relaxed = "".join("1" if "s" in (r, u) else u for r, u in zip(declared, use, strict=True))
-    swapped = relaxed.translate(str.maketrans("io", "oi"))
-    return agree(declared, relaxed) or agree(declared, swapped)
+    return agree(declared, relaxed) or agree(declared, swapped(relaxed))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
-from jax.extend.core import JaxprEqn
 
 from jaxlora import _compat, _paths
 from jaxlora._apply import Arguments, Interpreter, as_array, is_array
+from jaxlora._contractions import Contraction, letter_of
 from jaxlora._factored import Node
 from jaxlora._moves import Dims, Move
 from jaxlora._weight import is_node
@@ -22,8 +22,9 @@ MATMUL, LOOKUP, OTHER = "matmul", "lookup", "other"
 class Use:
     """One use of a weight: its kind, a letter for each dimension of the weight, and where.
 
-    Letters: `i` contracted or looked up, `o` free, `s` batched or indexed, `1` of size one,
-    `!` both contracted and free (after a split).
+    Letters: `i` contracted or looked up, `o` free, `s` batched or indexed, `k` the window of a
+    convolution, `!` both contracted and free (after a split). Those of dimensions of size one,
+    which serve as anything, are in upper case, or `1` where the use does not see the dimension.
     """
 
     kind: str
@@ -88,19 +89,21 @@ class Track:
         batched = self.batched.union(*(self.made_of[d] for d in move.batched))
         return dataclasses.replace(self, made_of=made_of, picked=picked, batched=batched)
 
-    def contracted(self, shape: tuple[int, ...], summed: Dims, batch: Dims) -> tuple[str, str]:
-        """(kind, letters) of a contraction of the present dims `summed`."""
+    def contracted(self, shape: tuple[int, ...], contraction: Contraction) -> tuple[str, str]:
+        """(kind, letters) of a contraction, the probe being of that shape."""
         letters = ["1" if n == 1 else "s" for n in self.whole]
         seen = set()
         for j, dims in enumerate(self.made_of):
             if dims & self.picked or (shape[j] == 1 and any(self.whole[d] != 1 for d in dims)):
                 continue
-            letter = "i" if j in summed else "s" if j in batch else "o"
+            letter = letter_of(j, contraction.summed, contraction.batch, contraction.window)
             seen.add(letter)
             for d in dims:
-                if letters[d] == "s":
+                if letters[d] == "1":
+                    letters[d] = letter.upper()
+                elif letters[d] == "s":
                     letters[d] = letter
-                elif letters[d] not in ("1", letter) and letter != "s":
+                elif letters[d] != letter and not letters[d].isupper() and letter != "s":
                     letters[d] = "!"
         # Picked rows need an input and an output of their own to be weights (an expert's matrix);
         # otherwise they are activations (an embedding's rows).
@@ -174,21 +177,14 @@ class Probe(Node):
         tracks = dict.fromkeys(t for node in nodes for t in node.tracks)
         return self.replace(w=leaves[0], tracks=tuple(tracks))
 
-    def dot(
-        self,
-        y: Any,
-        x: Any,
-        mine: tuple[Dims, Dims],
-        its: tuple[Dims, Dims],
-        first: bool,
-        eqn: JaxprEqn,
-    ) -> Any:
+    def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
+        where = f"`{contraction.eqn.primitive.name}` at {_compat.source_line(contraction.eqn)}"
         if isinstance(x, Probe) and self.is_row:
-            self.used(f"`dot_general` at {_compat.source_line(eqn)}")
+            self.used(where)
             return y
         for t in self.tracks:
-            kind, letters = t.contracted(self.shape, *mine)
-            self.record(t.path, Use(kind, letters, f"at {_compat.source_line(eqn)}"))
+            kind, letters = t.contracted(self.shape, contraction)
+            self.record(t.path, Use(kind, letters, f"in {where}"))
         return y
 
     def used(self, use: str) -> None:
@@ -277,22 +273,42 @@ def _agreed(uses: Sequence[str]) -> str | None:
         return None
     merged = uses[0]
     for use in uses[1:]:
-        swapped = use.translate(str.maketrans("io", "oi"))
-        fitting = next((u for u in (use, swapped) if agree(merged, u)), None)
+        fitting = next((u for u in (use, swapped(use)) if agree(merged, u)), None)
         if fitting is None:
             return None
-        merged = "".join(v if u == "1" else u for u, v in zip(merged, fitting, strict=True))
+        merged = "".join(map(_stricter, merged, fitting))
     merged = _complete(merged)
     return merged if {"i", "o"} <= set(merged) else None
 
 
+def swapped(letters: str) -> str:
+    """The letters with inputs and outputs exchanged."""
+    return letters.translate(str.maketrans("ioIO", "oiOI"))
+
+
 def agree(roles: str, use: str) -> bool:
-    """Whether roles and a use's letters are the same wherever the dimension is not of size one."""
-    return all(u == v or "1" in (u, v) for u, v in zip(roles, use, strict=True))
+    """Whether roles and a use's letters are the same wherever a dimension has only one way."""
+    return all(
+        u == v or _any_way(u) or _any_way(v) or {u, v} in ({"k", "i"}, {"k", "o"})
+        for u, v in zip(roles, use, strict=True)
+    )
+
+
+def _any_way(letter: str) -> bool:
+    return letter == "1" or letter.isupper()
+
+
+def _stricter(u: str, v: str) -> str:
+    """Of two letters that agree, the one that says more."""
+    return min(u, v, key=lambda x: (x == "1", x.isupper(), x == "k"))
 
 
 def _complete(letters: str) -> str:
-    """Gives dims of size one a role: inputs if there is none yet, else outputs."""
+    """Gives every dim a role: windows are inputs, dims of size one what they were used as.
+
+    Those that were not used are inputs if there is no other, else outputs.
+    """
+    letters = letters.lower().replace("k", "i")
     if "i" not in letters:
         letters = letters.replace("1", "i", 1)
     return letters.replace("1", "o")

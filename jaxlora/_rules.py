@@ -18,6 +18,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxlora import _compat
 from jaxlora import _moves as moves
+from jaxlora._contractions import Conv, Dot, RaggedDot, ragged_product
 from jaxlora._factored import Node, unmarked
 from jaxlora._moves import Move, Unfactorable
 
@@ -69,14 +70,39 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
         row = lhs if lhs.is_row else rhs
         use = f"`dot_general` of two adapted weights at {_compat.source_line(eqn)}"
         lhs, rhs = (interpreter.materialize(v, use) if v is row else v for v in (lhs, rhs))
-    (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
-    left, right = (lhs_c, lhs_b), (rhs_c, rhs_b)
     (y,) = _compat.bind(eqn, [v.w if isinstance(v, Node) else v for v in (lhs, rhs)])
     if isinstance(lhs, Node):
-        y = lhs.dot(y, rhs, left, right, True, eqn)
+        y = lhs.contracted(y, rhs, Dot.of(eqn, first=True))
     if isinstance(rhs, Node):
-        y = rhs.dot(y, lhs, right, left, False, eqn)
+        y = rhs.contracted(y, lhs, Dot.of(eqn, first=False))
     return [y]
+
+
+@rule("conv_general_dilated")
+def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    x, kernel = _on_the_right(interpreter, eqn, values)
+    contraction = Conv.of(eqn)
+    (y,) = _compat.bind(eqn, [x, kernel.w])
+    return [kernel.contracted(y, x, contraction)]
+
+
+@rule("ragged_dot_general", "ragged_dot")
+def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    x, experts = _on_the_right(interpreter, eqn, values[:2])
+    contraction = RaggedDot.of(eqn, values[2])
+    y = ragged_product(eqn, x, experts.w, values[2])
+    return [experts.contracted(y, x, contraction)]
+
+
+def _on_the_right(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    """Both operands, the left one an activation: also if it is a row looked up from a weight."""
+    left, right = values
+    if isinstance(left, Node) and isinstance(right, Node) and left.is_row:
+        use = f"`{eqn.primitive.name}` of two adapted weights at {_compat.source_line(eqn)}"
+        left = interpreter.materialize(left, use)
+    if isinstance(left, Node):
+        raise Unfactorable("the weight is its left operand")
+    return left, right
 
 
 # --------------------------------------------------------------------------------------------------
