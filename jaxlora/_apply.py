@@ -17,6 +17,7 @@ from jaxlora import (
 from jaxlora._errors import MaterializeError
 from jaxlora._factored import Factored, Node
 from jaxlora._rules import apply_rule
+from jaxlora._sharded import constrained
 from jaxlora._weight import LoraWeight, is_node
 
 Materialize = Literal["error", "allow"]
@@ -56,17 +57,27 @@ class Interpreter:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in inner.outvars]
 
-    def jitted(self, jaxpr: Any, name: str, **options: Any) -> Callable[..., Any]:
-        """`jax.jit` of `eval`, one for each jaxpr, so that its calls share their trace."""
-        options = {k: v for k, v in options.items() if v}
-        key = id(jaxpr), *sorted(options.items())
+    def jitted(
+        self,
+        jaxpr: Any,
+        name: str,
+        shardings: tuple[Sequence[Any], Sequence[Any]],
+        donate_argnums: tuple[int, ...],
+    ) -> Callable[..., Any]:
+        """`jax.jit` of `eval`, one for each jaxpr, so that its calls share their trace.
+
+        Shardings become constraints: which of the outputs are weights, with factors of their own,
+        shows only inside.
+        """
+        key = id(jaxpr), donate_argnums, shardings
         if key not in self._jitted:
 
             def run(*args: Any) -> list[Any]:
-                return self.eval(jaxpr, args)
+                args = tuple(map(constrained, args, shardings[0]))
+                return list(map(constrained, self.eval(jaxpr, args), shardings[1]))
 
             run.__name__ = run.__qualname__ = name
-            self._jitted[key] = jax.jit(run, **options)
+            self._jitted[key] = jax.jit(run, donate_argnums=donate_argnums)
         return self._jitted[key]
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal
 
@@ -13,7 +14,8 @@ __all__ = [
     "Literal",
     "bind",
     "eqn_context",
-    "is_specified",
+    "explicit_spec",
+    "manual_axes",
     "ndim",
     "source_line",
     "split_jaxpr",
@@ -51,6 +53,14 @@ def source_line(eqn: JaxprEqn) -> str:
     return source_info_util.summarize(eqn.source_info)
 
 
-def is_specified(sharding: Any) -> bool:
-    """Whether a jit equation's sharding was given by the user."""
-    return type(sharding).__name__ != "UnspecifiedValue"
+def manual_axes(eqn: JaxprEqn) -> frozenset[str]:
+    """The mesh axes over which a shard_map equation is manual."""
+    found = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes"))
+    return frozenset(eqn.params["mesh"].axis_names if found is None else found)
+
+
+def explicit_spec(array: Any) -> tuple[Any, ...]:
+    """How an array's axes are sharded as its type says, in meshes of explicit axes; else Nones."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    spec = tuple(getattr(sharding, "spec", None) or ())
+    return (*spec, *[None] * (array.ndim - len(spec)))

@@ -39,20 +39,14 @@ def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence
     params = eqn.params
     if params["inline"] is True:
         return interpreter.eval(params["jaxpr"], values)
-    shardings = params["in_shardings"], params["out_shardings"]
     run = interpreter.jitted(
         params["jaxpr"],
         name=params["name"],
+        shardings=(params["in_shardings"], params["out_shardings"]),
         donate_argnums=tuple(
             k
             for k, donated in enumerate(params["donated_invars"])
             if donated and not isinstance(values[k], Node)
-        ),
-        in_shardings=None
-        if not any(map(_compat.is_specified, shardings[0]))
-        else tuple(
-            None if isinstance(v, Node) or not _compat.is_specified(s) else s
-            for v, s in zip(values, shardings[0], strict=True)
         ),
     )
     return _leave(run(*_enter(values)), values)

@@ -131,6 +131,7 @@ class Node:
     w: Any
     origin: int | None
     only_records: ClassVar[bool] = False  # it has no terms, and two of them may meet
+    uniform: bool = True  # see Factored
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -177,6 +178,10 @@ class Node:
         """This node with every leaf spanning dim d spanning all of it."""
         return self
 
+    def local(self, leaves: Sequence[Any]) -> Any:
+        """This node as one device of a shard_map sees it, its leaves given."""
+        return jax.tree.unflatten(jax.tree.structure(self), leaves)
+
     def like(self, other: Node) -> bool:
         """Whether control flow may choose between the two, leaf by leaf."""
 
@@ -212,6 +217,8 @@ class Factored(Node):
       origin: see Node.
       picked: present dims that count picked indices (the tokens of an embedding lookup).
       sides: the sides, `i` or `o`, of which a dim was picked.
+      uniform: whether no traced index or factor entered it since it was an input, so that under
+        shard_map all devices made it alike.
     """
 
     w: Any
@@ -220,9 +227,11 @@ class Factored(Node):
     origin: int | None = None
     picked: frozenset[int] = frozenset()
     sides: frozenset[str] = frozenset()
+    uniform: bool = True
 
     def tree_flatten(self):
-        return (self.w, self.terms), (Static(self.path), self.origin, self.picked, self.sides)
+        aux = Static(self.path), self.origin, self.picked, self.sides, self.uniform
+        return (self.w, self.terms), aux
 
     @classmethod
     def tree_unflatten(cls, aux, children):
@@ -238,6 +247,13 @@ class Factored(Node):
             scale=Labelled(lax.stop_gradient(lw.scale), s),
         )
         return cls(lax.stop_gradient(lw.w), (term,), path, origin)
+
+    def like(self, other: Node) -> bool:
+        mine: Node = self.replace(uniform=False)
+        return Node.like(mine, other.replace(uniform=False) if type(other) is Factored else other)
+
+    def either(self, nodes: Sequence[Any], leaves: Sequence[Any]) -> Factored:
+        return Node.either(self, nodes, leaves).replace(uniform=False)
 
     @property
     def is_row(self) -> bool:
@@ -259,7 +275,8 @@ class Factored(Node):
             at += part.shape[axis]
         each = (p.path.split(", ") for p in parts if isinstance(p, Factored))
         paths = ", ".join(dict.fromkeys(path for several in each for path in several))
-        return cls(w, tuple(terms), paths)
+        uniform = all(p.uniform for p in parts if isinstance(p, Factored))
+        return cls(w, tuple(terms), paths, uniform=uniform)
 
     def roles(self) -> str:
         """The roles of the present dims, of the first term; '1' for dims that it does not span."""
@@ -281,6 +298,7 @@ class Factored(Node):
             ),
             picked=frozenset(j for j, s in enumerate(move.sources) if picked & set(s)),
             sides=self.sides | ({self.roles()[d] for d in picked} & {"i", "o"}),
+            uniform=self.uniform and not move.traced,
         )
         # A lookup of some rows (an embedding) is an activation from here on. As many rows as there
         # are may be a permutation of the weight, and stay one until they are used.
@@ -360,7 +378,8 @@ class Factored(Node):
                     return dataclasses.replace(t, **changes)
             raise Unfactorable("its factor varies along input dims and output dims alike")
 
-        return self.replace(w=w, terms=tuple(scale(t) for t in self.terms))
+        uniform = self.uniform and not isinstance(factor, jax.core.Tracer)
+        return self.replace(w=w, terms=tuple(map(scale, self.terms)), uniform=uniform)
 
     def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
         for t in self.terms:

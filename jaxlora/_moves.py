@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from jaxlora import _compat
 from jaxlora._weight import widened
 
 if TYPE_CHECKING:
@@ -67,8 +69,13 @@ def contract(x: Labelled, y: Labelled, out: Sequence[Any], precision: Any) -> La
         ([x.dims.index(d) for d in batch], [y.dims.index(d) for d in batch]),
     )
     free = [d for d in (*x.dims, *y.dims) if d not in shared]
-    array = lax.dot_general(x.array, y.array, dnums, precision=precision)
     got = (*batch, *free)
+    specs = [dict(zip(f.dims, _compat.explicit_spec(f.array), strict=True)) for f in (x, y)]
+    sharding = None
+    if any(spec[d] is not None for d in summed for spec in specs):
+        # Summed over a sharded dim: JAX asks for the sharding, which is that of what is left.
+        sharding = P(*(specs[0].get(d) or specs[1].get(d) for d in got))
+    array = lax.dot_general(x.array, y.array, dnums, precision=precision, out_sharding=sharding)
     order = [got.index(d) for d in out]
     if order != list(range(len(order))):
         array = lax.transpose(array, order)
@@ -99,6 +106,7 @@ class Move:
       batched: dims that pair with a batch dim of the indices.
       changed: dims whose content changes, so that a window on them cannot be kept.
       valid: where a lookup that fills is within bounds, labelled by output dims; None: everywhere.
+      traced: whether a traced value decides what is moved.
     """
 
     sources: tuple[tuple[int, ...], ...]
@@ -107,6 +115,7 @@ class Move:
     batched: frozenset[int] = frozenset()
     changed: frozenset[int] = frozenset()
     valid: Labelled | None = None
+    traced: bool = False
 
     def lone(self, d: int) -> int | None:
         """The output dim that is dim d as it was and nothing else; None if there is no such."""
@@ -260,7 +269,7 @@ def dynamic_slice(starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[i
 
     picked = frozenset(d for d, n in enumerate(sizes) if n == 1 and shape[d] != 1)
     changed = frozenset(d for d, n in enumerate(sizes) if n != shape[d])
-    return Move(tuple((d,) for d in range(len(sizes))), apply, picked, changed=changed)
+    return Move(tuple((d,) for d in range(len(sizes))), apply, picked, changed=changed, traced=True)
 
 
 def reverse(ndim: int, flipped: Iterable[int]) -> Move:
@@ -349,4 +358,28 @@ def gather(
     if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         limit = jnp.array([shape[d] - sizes[d] for d in dn.start_index_map], indices.dtype)
         valid = Labelled(jnp.all((indices >= 0) & (indices <= limit), axis=-1), tuple(batch_out))
-    return Move(tuple(sources), apply, picked, frozenset(paired), frozenset(changed), valid)
+    return Move(tuple(sources), apply, picked, frozenset(paired), frozenset(changed), valid, True)
+
+
+def all_gather(ndim: int, axis: int, names: Any, groups: Any, tiled: bool) -> Move:
+    """Joins the devices' blocks along a dim (tiled), or stacks them along a new one."""
+
+    def apply(f: Labelled) -> Labelled:
+        if tiled and axis not in f.dims:
+            return f
+        at = f.dims.index(axis) if tiled else 0
+        array = lax.all_gather(f.array, names, axis_index_groups=groups, axis=at, tiled=tiled)
+        return Labelled(array, f.dims) if tiled else Labelled(array, (axis, *shifted(f.dims)))
+
+    def shifted(dims: Iterable[int]) -> Dims:
+        return tuple(d + (d >= axis) for d in dims)
+
+    if tiled:
+        return Move(tuple((d,) for d in range(ndim)), apply, changed=frozenset([axis]))
+    sources = [(d,) for d in range(ndim)]
+    return Move((*sources[:axis], (), *sources[axis:]), apply)
+
+
+def project(spec: Sequence[Any], dims: Dims, rank: Any = None) -> P:
+    """The PartitionSpec of a factor with these dims, W's being `spec`."""
+    return P(*(rank if d == RANK else spec[d] if d < len(spec) else None for d in dims))

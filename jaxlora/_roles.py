@@ -73,6 +73,7 @@ class Track:
       made_of: for each present dim of the probe, the dims of the weight that it is made of.
       picked: dims of the weight of which one index was picked.
       batched: dims of the weight that a lookup paired with a batch of its indices.
+      blocks: dims of the weight of which a device, under shard_map, has a single index.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Track:
     made_of: tuple[frozenset[int], ...]
     picked: frozenset[int] = frozenset()
     batched: frozenset[int] = frozenset()
+    blocks: frozenset[int] = frozenset()
 
     def moved(self, move: Move) -> Track:
         made_of = tuple(
@@ -94,7 +96,8 @@ class Track:
         letters = ["1" if n == 1 else "s" for n in self.whole]
         seen = set()
         for j, dims in enumerate(self.made_of):
-            if dims & self.picked or (shape[j] == 1 and any(self.whole[d] != 1 for d in dims)):
+            cut = any(self.whole[d] != 1 for d in dims - self.blocks)
+            if dims & self.picked or (shape[j] == 1 and cut):
                 continue
             letter = letter_of(j, contraction.summed, contraction.batch, contraction.window)
             seen.add(letter)
@@ -144,6 +147,15 @@ class Probe(Node):
 
     def leaf_dims(self) -> list[Dims]:
         return [tuple(range(len(self.shape)))]
+
+    def local(self, leaves: Sequence[Any]) -> Probe:
+        (w,) = leaves
+
+        def block(t: Track) -> Track:
+            alone = (dims for j, dims in enumerate(t.made_of) if w.shape[j] == 1)
+            return dataclasses.replace(t, blocks=t.blocks.union(*alone))
+
+        return self._with(w, block)
 
     def _with(self, w: Any, change: Callable[[Track], Track]) -> Probe:
         return self.replace(w=w, tracks=tuple(map(change, self.tracks)))

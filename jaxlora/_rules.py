@@ -227,7 +227,7 @@ def _convert(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequ
     return [node.replace(w=_compat.bind(eqn, [node.w])[0])]
 
 
-@rule("copy", "copy_p", "name", "reduce_precision", "sharding_constraint")
+@rule("copy", "copy_p", "name", "reduce_precision")
 def _as_it_is(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     (node,) = values
     return [node.replace(w=_compat.bind(eqn, [node.w])[0])]

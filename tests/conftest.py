@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 4)  # before anything runs: for meshes
+
 
 @pytest.fixture(autouse=True)
 def _quick_compiles(request: pytest.FixtureRequest) -> Iterator[None]:

@@ -113,8 +113,15 @@ def _walk(jaxpr: Any, tainted: list[bool], sizes: set[int], found: list[str]) ->
                 columns = [_walk(sub, ins[1:], sizes, found) for sub in subs]
                 outs = [any(column) for column in zip(*columns, strict=True)]
             else:
-                n = len(getattr(subs[0], "jaxpr", subs[0]).invars)
-                outs = _walk(subs[0], ins[-n:], sizes, found)
+                inner_vars = getattr(subs[0], "jaxpr", subs[0]).invars
+                n = len(inner_vars)
+                # Under shard_map, what must not be formed is as small as a block of it.
+                blocks = {
+                    math.prod(i.aval.shape)
+                    for o, i in zip(eqn.invars[-n:], inner_vars, strict=True)
+                    if name == "shard_map" and math.prod(o.aval.shape) in sizes
+                }
+                outs = _walk(subs[0], ins[-n:], sizes | blocks, found)
         elif name == "optimization_barrier":
             outs = ins
         elif any(ins):

@@ -26,6 +26,7 @@ ORDER = [
     "_contractions",
     "_factored",
     "_rules",
+    "_sharded",
     "_control_flow",
     "_apply",
     "_roles",

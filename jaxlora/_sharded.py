@@ -1,0 +1,126 @@
+"""Rules for programs over several devices: shard_map and its collectives, sharding constraints.
+
+A factor is sharded as the weight is, along the dims that it spans; its rank is not sharded. A
+device's block of W + a b is then its block of W plus the product of its blocks of a and b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.extend.core import JaxprEqn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlora import _compat, _moves
+from jaxlora._factored import Node
+from jaxlora._moves import Unfactorable, project
+from jaxlora._rules import rule
+
+if TYPE_CHECKING:
+    from jaxlora._apply import Interpreter
+
+
+def constrained(value: Any, sharding: Any) -> Any:
+    """A value, its factors too if it is a weight, under a sharding constraint."""
+    if not isinstance(sharding, jax.sharding.Sharding):  # jit's word for "not given"
+        return value
+    if not isinstance(value, Node):
+        return jax.lax.with_sharding_constraint(value, sharding)
+    return _each(value, sharding, jax.lax.with_sharding_constraint, P.UNCONSTRAINED)
+
+
+def _each(node: Node, sharding: Any, place: Callable[[Any, Any], Any], rank: Any) -> Any:
+    """A weight and its factors, placed by its sharding."""
+    w, *factors = jax.tree.leaves(node)
+    placed = [place(w, sharding)]
+    for f, dims in zip(factors, node.leaf_dims()[1:], strict=True):
+        if isinstance(sharding, NamedSharding):
+            f = place(f, NamedSharding(sharding.mesh, project(sharding.spec, dims, rank)))
+        placed.append(f)
+    return jax.tree.unflatten(jax.tree.structure(node.replace()), placed)
+
+
+@rule("sharding_constraint")
+def _constraint(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    (node,) = values
+    (w,) = _compat.bind(eqn, [node.w])
+    return [constrained(node, eqn.params["sharding"]).replace(w=w)]
+
+
+@rule("reshard", "mesh_cast")
+def _reshard(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    (node,) = values
+    (w,) = _compat.bind(eqn, [node.w])
+    moved = _each(node, eqn.params["dst_sharding"], jax.sharding.reshard, None)
+    return [moved.replace(w=w)]
+
+
+@rule("shard_map")
+def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    params = eqn.params
+    nodes, leaves, specs = [], [], []
+    for k, (v, spec) in enumerate(zip(values, params["in_specs"], strict=True)):
+        node = None
+        if isinstance(v, Node):
+            node = v.replace(origin=k)
+            for d in range(len(v.shape)):
+                if d < len(spec) and spec[d] is not None:
+                    node = node.filled(d)  # a window of the whole is none of a block
+        nodes.append(node)
+        leaves.append([v] if node is None else jax.tree.leaves(node))
+        specs.append([spec] if node is None else [project(spec, d) for d in node.leaf_dims()])
+
+    unchanged: dict[int, int] = {}
+    use = f"an output of `shard_map` at {_compat.source_line(eqn)}"
+
+    def body(*blocks: Any) -> list[Any]:
+        inside = [
+            xs[0] if node is None else node.local(xs)
+            for node, xs in zip(nodes, blocks, strict=True)
+        ]
+        outs = interpreter.eval(params["jaxpr"], inside)
+        for k, v in enumerate(outs):
+            if isinstance(v, Node):
+                if v.origin is not None and params["in_specs"][v.origin] == params["out_specs"][k]:
+                    unchanged[k] = v.origin
+                    outs[k] = v.w
+                else:
+                    outs[k] = interpreter.materialize(v, use)
+        return outs
+
+    outs = jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(params["out_specs"]),
+        axis_names=_compat.manual_axes(eqn),
+        check_vma=params["check_vma"],
+    )(*leaves)
+    return [values[unchanged[k]] if k in unchanged else v for k, v in enumerate(outs)]
+
+
+@rule("all_gather")
+def _all_gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    (node,) = values
+    params = eqn.params
+    if params["tiled"] and not node.uniform:
+        raise Unfactorable("its factors may not be the same on all devices")
+    move = _moves.all_gather(
+        len(node.shape),
+        params["all_gather_dimension"],
+        params["axis_name"],
+        params["axis_index_groups"],
+        params["tiled"],
+    )
+    (w,) = _compat.bind(eqn, [node.w])
+    return [node.moved(move, w)]
+
+
+@rule("pvary", "pcast", "ppermute")
+def _leaf_by_leaf(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    (node,) = values
+    leaves, treedef = jax.tree.flatten(node.replace())
+    return [jax.tree.unflatten(treedef, [_compat.bind(eqn, [x])[0] for x in leaves])]
