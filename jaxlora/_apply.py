@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from jaxlora import (
     _compat,
@@ -34,10 +35,16 @@ class Interpreter:
 
     def __init__(self, materialize: Callable[[Node, str], Any]):
         self._materialize = materialize
+        self._entered: list[JaxprEqn] = []  # the equations being evaluated, outermost first
         self._jitted: dict[Any, Callable[..., Any]] = {}
 
     def materialize(self, value: Any, use: str) -> Any:
         return self._materialize(value, use) if isinstance(value, Node) else value
+
+    def where(self) -> str:
+        """The user's line that is being evaluated: JAX's own functions have none inside."""
+        lines = map(_compat.source_line, reversed(self._entered))
+        return next(filter(None, lines), "an unknown line")
 
     def eval(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, open or closed, on values that may be nodes."""
@@ -51,7 +58,11 @@ class Interpreter:
             values = [read(v) for v in eqn.invars]
             with _compat.eqn_context(eqn):
                 if any(isinstance(v, Node) for v in values):
-                    outs = apply_rule(self, eqn, values)
+                    self._entered.append(eqn)
+                    try:
+                        outs = apply_rule(self, eqn, values)
+                    finally:
+                        self._entered.pop()
                 else:
                     outs = _compat.bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))

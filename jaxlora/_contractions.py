@@ -8,7 +8,7 @@ scaled, and meets the second.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class Contraction:
 
     Attributes:
       eqn: the equation.
+      where: () -> the user's line.
       ndim: of the weight.
       summed: dims of the weight that are summed over.
       batch: dims of the weight that pair with dims of the activation and stay.
@@ -37,6 +38,7 @@ class Contraction:
     """
 
     eqn: JaxprEqn
+    where: Callable[[], str]
     ndim: int
     summed: Dims
     batch: Dims
@@ -81,8 +83,8 @@ class Contraction:
             )
             raise RolesError(
                 f"{node.path}: got roles {node.roles()!r} (of its dims as they reach "
-                f"`{self.eqn.primitive.name}`), but it is used as {uses!r}: that contracts all "
-                "input dims or all output dims of a weight. Give the right roles in "
+                f"`{self.eqn.primitive.name}` at {self.where()}), but it is used as {uses!r}: "
+                "that contracts all input dims or all output dims of a weight. Give the right roles in "
                 "LoraConfig(roles={...}), or read them from the model: "
                 "jaxlora.init(..., roles=jaxlora.trace_roles(fn, params, *args))."
             )
@@ -105,13 +107,19 @@ class Dot(Contraction):
     first: bool
 
     @classmethod
-    def of(cls, eqn: JaxprEqn, first: bool) -> Dot:
-        (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
-        mine, its = ((left, left_batch), (right, right_batch))
-        ndim = _compat.ndim(eqn.invars[0 if first else 1])
-        if not first:
-            mine, its = its, mine
-        return cls(eqn, ndim, *map(tuple, (*mine, *its)), first)
+    def of(cls, eqn: JaxprEqn, where: Callable[[], str], first: bool) -> Dot:
+        summed, batch = eqn.params["dimension_numbers"]
+        mine, its = (0, 1) if first else (1, 0)
+        return cls(
+            eqn,
+            where,
+            _compat.ndim(eqn.invars[mine]),
+            tuple(summed[mine]),
+            tuple(batch[mine]),
+            tuple(summed[its]),
+            tuple(batch[its]),
+            first,
+        )
 
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
         # x's axes carry W's labels where they meet W; its own are numbered past W's.
@@ -165,11 +173,11 @@ class Conv(Contraction):
     """
 
     @classmethod
-    def of(cls, eqn: JaxprEqn) -> Conv:
+    def of(cls, eqn: JaxprEqn, where: Callable[[], str]) -> Conv:
         if eqn.params["batch_group_count"] != 1:
             raise Unfactorable("it groups its batch")
         _, in_dim, *window = eqn.params["dimension_numbers"].rhs_spec
-        return cls(eqn, len(window) + 2, (in_dim, *window), (), window=tuple(window))
+        return cls(eqn, where, len(window) + 2, (in_dim, *window), (), window=tuple(window))
 
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
         t = t.filled(d for d, _ in t.window)
@@ -272,7 +280,7 @@ class RaggedDot(Contraction):
     sizes: Any
 
     @classmethod
-    def of(cls, eqn: JaxprEqn, sizes: Any) -> RaggedDot:
+    def of(cls, eqn: JaxprEqn, where: Callable[[], str], sizes: Any) -> RaggedDot:
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         (x_summed, summed), (x_batch, batch) = numbers.dot_dimension_numbers
         (ragged,) = numbers.lhs_ragged_dimensions
@@ -280,7 +288,7 @@ class RaggedDot(Contraction):
             raise Unfactorable("its groups are of contracted or of batched rows")
         (group,) = numbers.rhs_group_dimensions
         dims = (tuple(summed), (*batch, group), tuple(x_summed), tuple(x_batch))
-        return cls(eqn, _compat.ndim(eqn.invars[1]), *dims, group, ragged, sizes)
+        return cls(eqn, where, _compat.ndim(eqn.invars[1]), *dims, group, ragged, sizes)
 
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
         t = t.filled(d for d, _ in t.window)

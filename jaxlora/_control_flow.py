@@ -84,7 +84,7 @@ class _Again(Exception):
 def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     index, *operands = values
     summed: set[int] = set()  # outputs that the branches make too differently to stay weights
-    use = f"an output of `cond` that its branches make differently, at {_compat.source_line(eqn)}"
+    use = f"an output of `cond` that its branches make differently, at {interpreter.where()}"
     made: list[list[Any]] = []  # for each branch, its outputs that are nodes, else None
 
     def run(jaxpr: Any, *args: Any) -> list[Any]:
@@ -228,7 +228,7 @@ class _Carry:
 
     def __init__(self, interpreter: Interpreter, eqn: JaxprEqn, init: Sequence[Any]):
         self.interpreter, self.init = interpreter, list(init)
-        self.use = f"the carry of `{eqn.primitive.name}` at {_compat.source_line(eqn)}"
+        self.use = f"the carry of `{eqn.primitive.name}` at {interpreter.where()}"
         self.fixed = {k for k, v in enumerate(init) if isinstance(v, Node)}
         self.summed: set[int] = set()
 

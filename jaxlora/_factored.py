@@ -382,6 +382,7 @@ class Factored(Node):
         return self.replace(w=w, terms=tuple(map(scale, self.terms)), uniform=uniform)
 
     def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
-        for t in self.terms:
-            y = y + contraction.share(self, t, x, y).astype(y.dtype)
+        with jax.named_scope("lora"):  # for profiles
+            for t in self.terms:
+                y = y + contraction.share(self, t, x, y).astype(y.dtype)
         return y

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from jaxlora import _compat, _paths
+from jaxlora import _paths
 from jaxlora._apply import Arguments, Interpreter, as_array, is_array
 from jaxlora._contractions import Contraction, letter_of
 from jaxlora._factored import Node
@@ -190,7 +190,7 @@ class Probe(Node):
         return self.replace(w=leaves[0], tracks=tuple(tracks))
 
     def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
-        where = f"`{contraction.eqn.primitive.name}` at {_compat.source_line(contraction.eqn)}"
+        where = f"`{contraction.eqn.primitive.name}` at {contraction.where()}"
         if isinstance(x, Probe) and self.is_row:
             self.used(where)
             return y

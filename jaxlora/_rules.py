@@ -54,7 +54,7 @@ def apply_rule(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Se
 def bind_materialized(
     interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], reason: str
 ) -> Sequence[Any]:
-    use = f"the primitive `{eqn.primitive.name}` ({reason}) at {_compat.source_line(eqn)}"
+    use = f"the primitive `{eqn.primitive.name}` ({reason}) at {interpreter.where()}"
     return _compat.bind(eqn, [interpreter.materialize(v, use) for v in values])
 
 
@@ -68,20 +68,20 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
     if isinstance(lhs, Node) and isinstance(rhs, Node) and not lhs.only_records:
         # A row looked up from one is an activation to the other; so is, on request, a weight.
         row = lhs if lhs.is_row else rhs
-        use = f"`dot_general` of two adapted weights at {_compat.source_line(eqn)}"
+        use = f"`dot_general` of two adapted weights at {interpreter.where()}"
         lhs, rhs = (interpreter.materialize(v, use) if v is row else v for v in (lhs, rhs))
     (y,) = _compat.bind(eqn, [v.w if isinstance(v, Node) else v for v in (lhs, rhs)])
     if isinstance(lhs, Node):
-        y = lhs.contracted(y, rhs, Dot.of(eqn, first=True))
+        y = lhs.contracted(y, rhs, Dot.of(eqn, interpreter.where, first=True))
     if isinstance(rhs, Node):
-        y = rhs.contracted(y, lhs, Dot.of(eqn, first=False))
+        y = rhs.contracted(y, lhs, Dot.of(eqn, interpreter.where, first=False))
     return [y]
 
 
 @rule("conv_general_dilated")
 def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     x, kernel = _on_the_right(interpreter, eqn, values)
-    contraction = Conv.of(eqn)
+    contraction = Conv.of(eqn, interpreter.where)
     (y,) = _compat.bind(eqn, [x, kernel.w])
     return [kernel.contracted(y, x, contraction)]
 
@@ -89,7 +89,7 @@ def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
 @rule("ragged_dot_general", "ragged_dot")
 def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     x, experts = _on_the_right(interpreter, eqn, values[:2])
-    contraction = RaggedDot.of(eqn, values[2])
+    contraction = RaggedDot.of(eqn, interpreter.where, values[2])
     y = ragged_product(eqn, x, experts.w, values[2])
     return [experts.contracted(y, x, contraction)]
 
@@ -98,7 +98,7 @@ def _on_the_right(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) ->
     """Both operands, the left one an activation: also if it is a row looked up from a weight."""
     left, right = values
     if isinstance(left, Node) and isinstance(right, Node) and left.is_row:
-        use = f"`{eqn.primitive.name}` of two adapted weights at {_compat.source_line(eqn)}"
+        use = f"`{eqn.primitive.name}` of two adapted weights at {interpreter.where()}"
         left = interpreter.materialize(left, use)
     if isinstance(left, Node):
         raise Unfactorable("the weight is its left operand")

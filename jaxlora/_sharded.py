@@ -38,7 +38,7 @@ def _each(node: Node, sharding: Any, place: Callable[[Any, Any], Any], rank: Any
     placed = [place(w, sharding)]
     for f, dims in zip(factors, node.leaf_dims()[1:], strict=True):
         if isinstance(sharding, NamedSharding):
-            f = place(f, NamedSharding(sharding.mesh, project(sharding.spec, dims, rank)))
+            f = place(f, NamedSharding(sharding.mesh, project(tuple(sharding.spec), dims, rank)))
         placed.append(f)
     return jax.tree.unflatten(jax.tree.structure(node.replace()), placed)
 
@@ -71,10 +71,12 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Se
                     node = node.filled(d)  # a window of the whole is none of a block
         nodes.append(node)
         leaves.append([v] if node is None else jax.tree.leaves(node))
-        specs.append([spec] if node is None else [project(spec, d) for d in node.leaf_dims()])
+        specs.append(
+            [spec] if node is None else [project(tuple(spec), d) for d in node.leaf_dims()]
+        )
 
     unchanged: dict[int, int] = {}
-    use = f"an output of `shard_map` at {_compat.source_line(eqn)}"
+    use = f"an output of `shard_map` at {interpreter.where()}"
 
     def body(*blocks: Any) -> list[Any]:
         inside = [

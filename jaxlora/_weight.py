@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jaxlora._errors import RolesError, TargetError
@@ -167,6 +168,20 @@ class FullWeight:
 
 _register(LoraWeight, ("w", "a", "b", "scale"), ("roles",))
 _register(FullWeight, ("w", "value"))
+
+# An exported function keeps its `lora` argument's structure when it is serialized.
+jax.export.register_pytree_node_serialization(
+    LoraWeight,
+    serialized_name="jaxlora.LoraWeight",
+    serialize_auxdata=lambda aux: aux[0].encode(),
+    deserialize_auxdata=lambda data: (bytes(data).decode(),),
+)
+jax.export.register_pytree_node_serialization(
+    FullWeight,
+    serialized_name="jaxlora.FullWeight",
+    serialize_auxdata=lambda aux: b"",
+    deserialize_auxdata=lambda data: (),
+)
 
 
 def is_node(x: Any) -> bool:

@@ -295,8 +295,26 @@ MATERIALIZING = {
     "custom_vjp_call": lambda p, x: x @ _straight_through(p["w"]),
     "custom_jvp_call": lambda p, x: x @ jax.nn.relu(p["w"]),
     "cond": lambda p, x: x @ jax.lax.cond(x.sum() > 0, lambda: p["w"], lambda: jnp.ones((4, 6))),
+    "custom_linear_solve": lambda p, x: _solved(p["w"], x),
+    "sort": lambda p, x: x @ jnp.sort(p["w"], axis=0),
+    "cumsum": lambda p, x: x @ jnp.cumsum(p["w"], axis=0),
+    "scatter": lambda p, x: x @ p["w"].at[0].set(1.0),
+    "select_n": lambda p, x: x @ jnp.where(x[0, 0] > 0, p["w"], 1.0),
+    "reduce_max": lambda p, x: x / jnp.max(p["w"]),
+    "conv_general_dilated": lambda p, x: jax.lax.conv(
+        p["w"][None, None], jnp.ones((1, 1, 2, 2)), (1, 1), "SAME"
+    ),
+    "ragged_dot_general": lambda p, x: jax.lax.ragged_dot(
+        p["w"], jnp.ones((1, 6, 3)), jnp.array([4])
+    ),
     "scan": lambda p, x: jax.lax.scan(lambda w, _: (w + 1, None), p["w"], length=2)[0].sum() * x,
 }
+
+
+def _solved(w, x):
+    """x / 2, by a solver whose matvec also reads the weight."""
+    matvec = lambda v: 2 * v + 0 * jnp.sum(w @ jnp.ones(6))
+    return jax.lax.custom_linear_solve(matvec, x, lambda _, b: b / 2)
 
 
 @jax.custom_vjp
@@ -305,6 +323,9 @@ def _straight_through(w):
 
 
 _straight_through.defvjp(lambda w: (jnp.round(w), None), lambda _, g: (g,))
+
+
+SHAPES = {"dot_general": "(6, 4)", "conv_general_dilated": "(1, 1, 4, 6)"}  # as they reach it
 
 
 @pytest.mark.parametrize("primitive", MATERIALIZING)
@@ -318,7 +339,7 @@ def test_what_would_form_the_weight_raises(primitive):
         "`" if primitive != "scan" else "add",
         primitive if primitive != "scan" else "`add`",
         "test_errors.py",
-        "(6, 4)" if primitive == "dot_general" else "(4, 6)",
+        SHAPES.get(primitive, "(4, 6)"),
         'materialize="allow"',
         "exclude=['w']",
     ):
