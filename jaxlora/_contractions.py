@@ -84,8 +84,8 @@ class Contraction:
             raise RolesError(
                 f"{node.path}: got roles {node.roles()!r} (of its dims as they reach "
                 f"`{self.eqn.primitive.name}` at {self.where()}), but it is used as {uses!r}: "
-                "that contracts all input dims or all output dims of a weight. Give the right roles in "
-                "LoraConfig(roles={...}), or read them from the model: "
+                "that contracts all input dims or all output dims of a weight. Give the right "
+                "roles in LoraConfig(roles={...}), or read them from the model: "
                 "jaxlora.init(..., roles=jaxlora.trace_roles(fn, params, *args))."
             )
         if not (by_a or by_b or summed & {*t.a.dims, *t.b.dims}):

@@ -86,7 +86,7 @@ def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
     return [kernel.contracted(y, x, contraction)]
 
 
-@rule("ragged_dot_general", "ragged_dot")
+@rule("ragged_dot_general")
 def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     x, experts = _on_the_right(interpreter, eqn, values[:2])
     contraction = RaggedDot.of(eqn, interpreter.where, values[2])

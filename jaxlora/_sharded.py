@@ -34,12 +34,13 @@ def constrained(value: Any, sharding: Any) -> Any:
 
 def _each(node: Node, sharding: Any, place: Callable[[Any, Any], Any], rank: Any) -> Any:
     """A weight and its factors, placed by its sharding."""
-    w, *factors = jax.tree.leaves(node)
-    placed = [place(w, sharding)]
-    for f, dims in zip(factors, node.leaf_dims()[1:], strict=True):
+    placed = []
+    for leaf, dims in zip(jax.tree.leaves(node), node.leaf_dims(), strict=True):
+        where = sharding
         if isinstance(sharding, NamedSharding):
-            f = place(f, NamedSharding(sharding.mesh, project(tuple(sharding.spec), dims, rank)))
-        placed.append(f)
+            spec = project(tuple(sharding.spec), dims, rank)
+            where = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+        placed.append(place(leaf, where))
     return jax.tree.unflatten(jax.tree.structure(node.replace()), placed)
 
 
@@ -56,6 +57,16 @@ def _reshard(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequ
     (w,) = _compat.bind(eqn, [node.w])
     moved = _each(node, eqn.params["dst_sharding"], jax.sharding.reshard, None)
     return [moved.replace(w=w)]
+
+
+@rule("device_put")
+def _device_put(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    outs = _compat.bind(eqn, [v.w if isinstance(v, Node) else v for v in values])
+    targets = eqn.params["devices"]
+    return [
+        _each(v, target, jax.device_put, None).replace(w=w) if isinstance(v, Node) else w
+        for v, w, target in zip(values, outs, targets, strict=True)
+    ]
 
 
 @rule("shard_map")

@@ -28,6 +28,34 @@ def scan_reversed_unrolled():
     return plain(fn, {"w": (3, 11, 11)}, (5, 11))
 
 
+@case({"up": "sio", "down": "sio", "shared": "io"})
+def scan_over_several_trees():
+    """Two stacked trees are scanned together, a third weight is closed over."""
+
+    def fn(p, x):
+        def body(h, layer):
+            (up, bias), down = layer
+            return jnp.tanh((h @ up + bias) @ down + h @ p["shared"]), h[0]
+
+        return lax.scan(body, x, ((p["up"], p["bias"]), p["down"]))
+
+    shapes = {"up": (3, 11, 13), "bias": (3, 13), "down": (3, 13, 11), "shared": (11, 11)}
+    return plain(fn, shapes, (5, 11))
+
+
+@case({"w": "ssio"})
+def scan_reversed_in_scan_with_remat():
+    def fn(p, x):
+        @jax.checkpoint
+        def outer(h, w):
+            step = lambda h, w: (jnp.tanh(h @ w), None)
+            return lax.scan(step, h, w, reverse=True)[0], None
+
+        return lax.scan(outer, x, p["w"], reverse=True, unroll=2)[0]
+
+    return plain(fn, {"w": (2, 3, 11, 11)}, (5, 11))
+
+
 @case({"w": "io"})
 def scan_with_closed_over():
     def fn(p, xs):
@@ -235,3 +263,23 @@ def vmap_inside():
 def vmap_over_weights_inside():
     fn = lambda p, x: jax.vmap(lambda w, x: jnp.tanh(x @ w))(p["w"], x)
     return plain(fn, {"w": (3, 11, 13)}, (3, 5, 11))
+
+
+@case({"w": "io"})
+def associative_scan_of_activations():
+    fn = lambda p, x: lax.associative_scan(lambda a, b: jnp.tanh(a) + b, x @ p["w"])
+    return plain(fn, {"w": (11, 13)}, (5, 11))
+
+
+@case({"w": "io"})
+def solvers_of_activations():
+    """A linear solve and a root, with their implicit derivatives."""
+
+    def fn(p, x):
+        h = jnp.exp(jnp.tanh(x @ p["w"]))
+        h = lax.custom_linear_solve(lambda v: 2 * v, h, lambda _, b: b / 2, symmetric=True)
+        newton = lambda f, v: lax.fori_loop(0, 20, lambda _, v: (v + h / v) / 2, v)
+        root = lambda g, y: y / g(jnp.ones_like(y))
+        return lax.custom_root(lambda v: v**2 - h, jnp.ones_like(h), newton, root)
+
+    return plain(fn, {"w": (11, 13)}, (5, 11))

@@ -150,3 +150,10 @@ def pmap_inside():
         {"w": (11, 13)},
         (2, 3, 11),
     )
+
+
+@case({"w": "io"})
+def weight_fetched_from_host_memory():
+    """Weights that are kept off the device are fetched where they are used."""
+    fetch = lambda w: jax.device_put(w, jax.memory.Space.Device)
+    return plain(lambda p, x: jnp.tanh(x @ fetch(p["w"])), {"w": (11, 13)}, (5, 11))
