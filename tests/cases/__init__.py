@@ -4,7 +4,16 @@ Sizes are chosen so that no activation has as many elements as an adapted weight
 an equation that makes so many elements from an adapter has formed W + BA.
 """
 
-from cases import contractions, control_flow, linen, lookups, nnx, structure  # noqa: F401
+from cases import (  # noqa: F401
+    contractions,
+    control_flow,
+    equinox,
+    haiku,
+    linen,
+    lookups,
+    nnx,
+    structure,
+)
 from cases._registry import CASES, Case
 
 __all__ = ["CASES", "Case"]
