@@ -16,7 +16,8 @@ from flax.training.train_state import TrainState
 from helpers import assert_close, assert_same, randomized
 
 import jaxlora
-from jaxlora import LoraConfig, LoraWeight
+from jaxlora import LoraConfig, LoraWeight, TargetError
+from jaxlora._weight import is_node
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (16, 4))
@@ -244,6 +245,30 @@ def test_nnx_module_as_params():
     assert_close(jaxlora.base_params(lora)(X), model(X))
 
 
+class NnxTied(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.one, self.two = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.two.kernel = self.one.kernel
+
+    def __call__(self, x):
+        return self.two(nnx.tanh(self.one(x)))
+
+
+def test_nnx_shared_variables():
+    """A state holds a shared Variable once; a module as a tree would part its two places."""
+    model = NnxTied(nnx.Rngs(0))
+    config = LoraConfig(targets=["kernel"], rank=2)
+    with pytest.raises(TargetError, match=r"one/kernel, two/kernel.*nnx\.split"):
+        jaxlora.init(KEY, model, config)
+    with pytest.raises(TargetError, match=r"two/kernel"):
+        jaxlora.init(KEY, model, LoraConfig(targets=["one"], exclude=["two"], rank=2))
+    graphdef, state = nnx.split(model)
+    lora = randomized(jaxlora.init(KEY, state, config))
+    assert len([x for x in jax.tree.leaves(lora, is_leaf=is_node) if is_node(x)]) == 1
+    got = jaxlora.lora_apply(lambda state, x: nnx.merge(graphdef, state)(x))(lora, X)
+    assert_close(got, nnx.merge(graphdef, jaxlora.merge(lora))(X))
+
+
 # --- Equinox --------------------------------------------------------------------------------------
 
 
@@ -312,7 +337,7 @@ def test_equinox_state_and_dropout():
     apply, tx = jaxlora.lora_apply(fn), optax.adamw(3e-2)
     trainable, frozen = jaxlora.partition(lora)
 
-    @eqx.filter_jit
+    @jax.jit
     def step(trainable, state, opt_state, key):
         def loss(trainable):
             out, new = apply(jaxlora.combine(trainable, frozen), X, state, key)
