@@ -79,6 +79,7 @@ def init(
     full |= _biases(config, leaves, targets)
     for path in full:
         _check_floating(path, leaves[path])
+    _check_shared(params, full.union(targets))
     if roles is not None and not isinstance(roles, TracedRoles):
         for path in roles:
             if _lookup(leaves, path) is None:
@@ -211,6 +212,17 @@ def _check_floating(path: str, leaf: Any) -> None:
             f"{path}: got a leaf of dtype {leaf.dtype} to train, expected a floating-point one. "
             f"Leave it out of the pattern, or: LoraConfig(..., exclude=[{_paths.short(path)!r}])."
         )
+
+
+def _check_shared(params: Any, chosen: set[str]) -> None:
+    """Raises if a chosen leaf is an NNX variable that an unsplit module has in several places."""
+    for paths in _paths.shared_variables(params):
+        if chosen & {*paths}:
+            raise TargetError(
+                f"{', '.join(paths)}: got one nnx.Variable in several places of a module, expected "
+                "it once, since each place would get an adapter of its own. A split module has it "
+                "once: graphdef, state = nnx.split(module), and jaxlora.init(key, state, config)."
+            )
 
 
 def _biases(config: LoraConfig, leaves: Mapping[str, Any], targets: list[str]) -> set[str]:

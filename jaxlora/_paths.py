@@ -51,6 +51,19 @@ def flatten_with_paths(
     return list(walk(tree, ())), jax.tree.structure(tree, is_leaf=is_leaf)
 
 
+def shared_variables(tree: Any) -> list[list[str]]:
+    """The paths of each NNX variable that is in several places of a tree."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return []
+    places: dict[int, list[str]] = {}
+    pairs, _ = flatten_with_paths(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    for path, leaf in pairs:
+        if isinstance(leaf, nnx.Variable):
+            places.setdefault(id(leaf), []).append(path)
+    return [paths for paths in places.values() if len(paths) > 1]
+
+
 def _box_types() -> tuple[type, ...]:
     # A tree can hold NNX variables only if NNX was imported; importing it here would cost 0.3 s.
     nnx = sys.modules.get("flax.nnx")

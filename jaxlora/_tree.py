@@ -195,7 +195,8 @@ def _count(leaf: Any) -> ParamCount:
         adapter = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
         base = math.prod(leaf.shape)
         return ParamCount(adapter, base, base + adapter)
-    size = math.prod(getattr(leaf, "shape", ()))
+    # A module's functions and numbers (Equinox, a dict of settings) are no parameters.
+    size = math.prod(leaf.shape) if hasattr(leaf, "shape") else 0
     return ParamCount(size if isinstance(leaf, FullWeight) else 0, size, size)
 
 
@@ -242,7 +243,7 @@ def summary(lora: Any) -> str:
         ).rstrip()
         for row in rows
     ]
-    frozen = sum(not is_node(leaf) for _, leaf in pairs)
+    frozen = sum(hasattr(leaf, "shape") and not is_node(leaf) for _, leaf in pairs)
     lines.append(
         f"{total.trainable:,} of {total.base:,} parameters train ({total.percent:.3f}%); "
         f"{frozen} {'leaf is' if frozen == 1 else 'leaves are'} frozen"

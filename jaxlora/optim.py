@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import jax
@@ -41,11 +42,14 @@ def freeze_base(
     True
     """
     for path, leaf in _paths.flatten_with_paths(lora)[0]:
-        if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
+        dtype = getattr(leaf, "dtype", None)
+        numeric = dtype is not None or isinstance(leaf, numbers.Number)
+        if not numeric or (dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)):
+            kind = f"dtype {dtype}" if numeric else f"type {type(leaf).__name__}"
             raise TargetError(
-                f"{path}: got a leaf of dtype {leaf.dtype}, expected numbers, since optax adds an "
+                f"{path}: got a leaf of {kind}, expected numbers, since optax adds an "
                 "update to every leaf. Train the halves instead, jaxlora.partition(lora), or keep "
-                "random keys out of the tree."
+                "functions and random keys out of the tree."
             )
     mask = trainable_mask(lora)
     masked = optax.masked(tx, mask)

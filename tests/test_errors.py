@@ -275,6 +275,13 @@ def test_a_random_key_among_the_leaves():
     assert "jaxlora.partition(lora)" in text
 
 
+def test_a_function_among_the_leaves():
+    lora = init(targets=["head"]) | {"activation": jnp.tanh}
+    text = message(TargetError, lambda: jaxlora.freeze_base(optax.sgd(1.0), lora))
+    assert "activation: got a leaf of type" in text
+    assert "jaxlora.partition(lora)" in text
+
+
 def test_an_optimizer_for_another_tree():
     tx = jaxlora.freeze_base(optax.sgd(1.0), init(targets=["head"]))
     text = message(TargetError, lambda: tx.init(init(targets=["query"])))

@@ -319,6 +319,14 @@ def test_counts():
     assert count.percent == pytest.approx(100 * 40 / count.base)
 
 
+def test_functions_and_numbers_are_no_parameters():
+    """An Equinox module holds its activation, a dict of params perhaps a setting."""
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6), "act": jnp.tanh, "p": 0.1}
+    lora = jaxlora.init(KEY, params, LoraConfig(targets=["kernel"], rank=2))
+    assert jaxlora.count_params(lora) == (20, 30, 50)
+    assert jaxlora.summary(lora).endswith("1 leaf is frozen")
+
+
 def test_paths_leave_boxes_out_by_type():
     import flax.linen as nn
     from flax import nnx

@@ -96,3 +96,70 @@ def linen_scan_remat():
 def linen_partitioned():
     init = nn.with_partitioning(nn.initializers.normal(), ("embed", "mlp"))
     return linen(nn.Dense(13, kernel_init=init), (5, 11))
+
+
+def _rnn(cell: nn.RNNCellBase):
+    return linen(nn.RNN(cell), (2, 3, 5))
+
+
+@case({f"cell/{gate}": "io" for gate in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")})
+def linen_lstm():
+    return _rnn(nn.LSTMCell(7))
+
+
+@case({f"cell/{gate}": "io" for gate in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")})
+def linen_lstm_optimized():
+    """The cell joins its kernels before the matmul."""
+    return _rnn(nn.OptimizedLSTMCell(7))
+
+
+@case({f"cell/{gate}": "io" for gate in ("ir", "iz", "in", "hr", "hz", "hn")})
+def linen_gru():
+    return _rnn(nn.GRUCell(7))
+
+
+class _Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(13)(x))
+        return nn.Dense(7)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
+
+
+@case({"params/Dense_0/kernel": "io", "params/Dense_1/kernel": "io"})
+def linen_mutable_and_rngs():
+    """Whole variables go in, with a key; the output and the new statistics come out."""
+    module = _Normed()
+
+    def fn(variables, x, key):
+        return module.apply(
+            variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+        )
+
+    def make(key):
+        x = jax.random.normal(key, (5, 11))
+        return module.init(key, x, train=False), (x, key)
+
+    return fn, make
+
+
+def _experts(in_axes: int | None) -> nn.Module:
+    """Of one input each, or all of one."""
+    lifted = nn.vmap(
+        nn.Dense,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        axis_size=3,
+    )
+    return lifted(13)
+
+
+@case({"params/kernel": "sio"})
+def linen_experts():
+    return linen(_experts(0), (3, 2, 11))
+
+
+@case({"params/kernel": "sio"}, declared={"kernel": "sio"})
+def linen_experts_of_one_input():
+    """vmap makes one matmul of it, outputs (experts, out): only the user knows the experts."""
+    return linen(_experts(None), (2, 11))

@@ -12,15 +12,22 @@ from flax import nnx
 from cases._registry import TOKENS, case
 
 
-def flax_nnx(build: Callable[[nnx.Rngs], nnx.Module], *args: Any):
-    graphdef, _ = nnx.split(build(nnx.Rngs(0)))
+def flax_nnx(build: Callable[[nnx.Rngs], nnx.Module], *args: Any, returns: Any = ()):
+    """The params are the Params; statistics and random streams are an argument beside them.
 
-    def fn(state: Any, *arrays: Any) -> Any:
-        return nnx.merge(graphdef, state)(*arrays)
+    `returns` filters the state that comes out beside the output.
+    """
+    graphdef, *_ = nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)
+
+    def fn(params: Any, rest: Any, *arrays: Any) -> Any:
+        module = nnx.merge(graphdef, params, rest, copy=True)  # `rest` would be written to
+        out = module(*arrays)
+        return (out, nnx.state(module, returns)) if returns else out
 
     def make(key: jax.Array) -> tuple[Any, tuple[Any, ...]]:
         arrays = tuple(jax.random.normal(key, a) if isinstance(a, tuple) else a for a in args)
-        return nnx.state(build(nnx.Rngs(key))), arrays
+        _, params, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
+        return params, (rest, *arrays)
 
     return fn, make
 
@@ -96,3 +103,55 @@ def nnx_scan():
 @case({"up": "sio", "down": "sio"})
 def nnx_scan_remat():
     return flax_nnx(lambda rngs: _NnxScanned(rngs, remat=True), (5, 11))
+
+
+def _nnx_rnn(cell: type[nnx.Module]):
+    return flax_nnx(lambda rngs: nnx.RNN(cell(5, 7, rngs=rngs), rngs=rngs), (2, 3, 5))
+
+
+@case({f"cell/{gate}": "io" for gate in ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho")})
+def nnx_lstm():
+    return _nnx_rnn(nnx.LSTMCell)
+
+
+@case({"cell/dense_i": "io", "cell/dense_h": "io"})
+def nnx_lstm_optimized():
+    return _nnx_rnn(nnx.OptimizedLSTMCell)
+
+
+@case({"cell/dense_i": "io", "cell/dense_h": "io"})
+def nnx_gru():
+    return _nnx_rnn(nnx.GRUCell)
+
+
+class _NnxNormed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.up, self.norm = nnx.Linear(11, 13, rngs=rngs), nnx.BatchNorm(13, rngs=rngs)
+        self.drop, self.down = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(13, 7, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.drop(nnx.relu(self.norm(self.up(x)))))
+
+
+@case({"up": "io", "down": "io"})
+def nnx_state_and_rngs():
+    """The new statistics and the count of the random stream come out."""
+    return flax_nnx(_NnxNormed, (5, 11), returns=(nnx.BatchStat, nnx.RngCount))
+
+
+class _NnxExperts(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def experts(rngs):
+            return nnx.Linear(11, 13, rngs=rngs)
+
+        self.experts = experts(rngs)
+
+    def __call__(self, x):
+        return nnx.vmap(lambda expert, x: expert(x))(self.experts, x)
+
+
+@case({"experts": "sio"})
+def nnx_experts():
+    return flax_nnx(_NnxExperts, (3, 2, 11))
