@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import jaxlora
 from benchmarks import models
@@ -142,6 +143,64 @@ def test_freeze_base_holds_state_for_what_trains_only(programs: dict[str, Progra
     assert sorted(leaf.shape for leaf in moments) == sorted(leaf.shape for leaf in 2 * trained)
     assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trained)
     assert len(counters) <= 2
+
+
+# --- One layer of each other kind -----------------------------------------------------------------
+
+
+def _conv(x, w, stride=1):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=numbers)
+
+
+SIZES_OF_GROUPS = jnp.array([20, 30, 14])
+LAYERS = {
+    "convolution": (
+        lambda p, x: _conv(x, p["w"]),
+        lambda w, a, b, s, x: _conv(x, w) + (_conv(x, a) * s) @ b,
+        {"w": (3, 3, 32, 48)},
+        "iiio",
+        (2, 16, 16, 32),
+    ),
+    "strided convolution": (
+        lambda p, x: _conv(x, p["w"], 2),
+        lambda w, a, b, s, x: _conv(x, w, 2) + (_conv(x, a, 2) * s) @ b,
+        {"w": (3, 3, 32, 48)},
+        "iiio",
+        (2, 16, 16, 32),
+    ),
+    "experts": (
+        lambda p, x: lax.ragged_dot(x, p["w"], SIZES_OF_GROUPS),
+        lambda w, a, b, s, x: (
+            lax.ragged_dot(x, w, SIZES_OF_GROUPS)
+            + lax.ragged_dot(lax.ragged_dot(x, a, SIZES_OF_GROUPS), b * s, SIZES_OF_GROUPS)
+        ),
+        {"w": (3, 32, 48)},
+        "sio",
+        (64, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_costs_what_it_does_by_hand(layer: str) -> None:
+    """FLOPs of the gradient with respect to a, b and the input."""
+    fn, by_hand, shapes, roles, x_shape = LAYERS[layer]
+    params = {"w": jnp.ones(shapes["w"])}
+    config = jaxlora.LoraConfig(rank=4, alpha=8, targets=["w"], roles={"w": roles})
+    lora = jaxlora.init(jax.random.key(0), params, config)
+    trainable, frozen = jaxlora.partition(lora)
+    x, node, apply = jnp.ones(x_shape), lora["w"], jaxlora.lora_apply(fn)
+
+    def flops(loss: Any, *args: Any) -> float:
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*args).compile()
+        return compiled_figures(compiled)["flops"]
+
+    ours = flops(lambda t, x: jnp.sum(jnp.sin(apply(jaxlora.combine(t, frozen), x))), trainable, x)
+    theirs = flops(
+        lambda ab, x: jnp.sum(jnp.sin(by_hand(node.w, *ab, 2.0, x))), (node.a, node.b), x
+    )
+    assert ours <= 1.005 * theirs
 
 
 def _adapters(name: str, state: Any) -> dict[models.Path, jax.Array]:
