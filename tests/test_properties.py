@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import CASES, Case
 from helpers import assert_close, assert_same, base_sizes, formed, randomized
@@ -17,6 +18,8 @@ ONE_BRANCH = {"cond_branches", "cond_chooses_a_weight"}
 
 # bfloat16 inside a float32 function: rounded at other places by another compilation.
 ROUNDED = {"mixed_precision": 1000, "conv_mixed_precision": 1000, "linen_dense_bfloat16": 1}
+
+merge = jax.jit(jaxlora.merge)  # one program a case, not one for each operation
 
 everywhere = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 differentiable = pytest.mark.parametrize(
@@ -60,13 +63,13 @@ def test_forward(case: Case):
 
     lora = randomized(lora)
     got = apply(lora, *args)
-    assert_close(got, plain(jaxlora.merge(lora), *args), factor)
+    assert_close(got, plain(merge(lora), *args), factor)
     assert_same(apply(lora, *args), got)
     assert len(traces) == 1
     assert_close(jaxlora.lora_apply(case.fn, jit=False)(lora, *args), got, factor)
     if case.name != "while_decode":  # its tokens may agree
         assert any(
-            jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))) > 0.01
+            np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max() > 0.01
             for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(base), strict=True)
         )
 
@@ -88,11 +91,11 @@ def test_gradients(case: Case):
     assert_close(got, expected, 2000 if case.name in ROUNDED else 2)
     for leaf in jax.tree.leaves(whole, is_leaf=is_node):
         if isinstance(leaf, LoraWeight):
-            assert not jnp.any(leaf.w)
-            assert not jnp.any(leaf.scale)
+            assert not np.any(leaf.w)
+            assert not np.any(leaf.scale)
             if case.name not in ONE_BRANCH:
-                assert jnp.any(leaf.a)
-                assert jnp.any(leaf.b)
+                assert np.any(leaf.a)
+                assert np.any(leaf.b)
 
 
 @everywhere
@@ -120,21 +123,21 @@ def test_vmap_over_adapters_is_a_loop(case: Case):
     lora, args = case.lora()
     halves = [jaxlora.partition(randomized(lora, seed)) for seed in (1, 2)]
     frozen = halves[0][1]
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(trainable for trainable, _ in halves))
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *(trainable for trainable, _ in halves))
     apply = jaxlora.lora_apply(case.fn)
 
     def one(trainable):
         return apply(jaxlora.combine(trainable, frozen), *args)
 
     got = jax.jit(jax.vmap(one))(stacked)
-    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *(one(t) for t, _ in halves))
+    expected = jax.tree.map(lambda *xs: np.stack(xs), *(one(t) for t, _ in halves))
     assert_close(got, expected, ROUNDED.get(case.name, 2))
 
 
 @everywhere
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dtypes_are_the_models(case: Case, dtype):
-    lora, args = case.lora(dtype=dtype)
+    lora, args = case.abstract(dtype)
     got = jax.eval_shape(jaxlora.lora_apply(case.fn), lora, *args)
     expected = jax.eval_shape(case.fn, jaxlora.base_params(lora), *args)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(

@@ -31,16 +31,21 @@ class Case:
     declared: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cache  # noqa: B019  (cases live as long as the tests)
-    def lora(self, rank: int = 2, seed: int = 0, dtype: Any = None) -> tuple[Any, tuple[Any, ...]]:
+    def lora(self) -> tuple[Any, tuple[Any, ...]]:
         """(a lora tree with fresh adapters, args)"""
-        params, args = self.make(jax.random.key(seed))
+        return jax.jit(self._build)()  # one program to compile, not one for each operation
+
+    def abstract(self, dtype: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The same without data, its floating-point leaves of another dtype."""
+        return jax.eval_shape(lambda: self._build(dtype))
+
+    def _build(self, dtype: Any = None) -> tuple[Any, tuple[Any, ...]]:
+        params, args = self.make(jax.random.key(0))
         if dtype is not None:
             params, args = cast((params, args), dtype)
-        config = jaxlora.LoraConfig(
-            rank=rank, alpha=3, targets=list(self.roles), roles=self.declared
-        )
+        config = jaxlora.LoraConfig(rank=2, alpha=3, targets=list(self.roles), roles=self.declared)
         roles = jaxlora.trace_roles(self.fn, params, *args)
-        return jaxlora.init(jax.random.key(seed + 1), params, config, roles=roles), args
+        return jaxlora.init(jax.random.key(1), params, config, roles=roles), args
 
 
 def cast(tree: Any, dtype: Any) -> Any:

@@ -17,7 +17,7 @@ def flax_nnx(build: Callable[[nnx.Rngs], nnx.Module], *args: Any, returns: Any =
 
     `returns` filters the state that comes out beside the output.
     """
-    graphdef, *_ = nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)
+    graphdef, *_ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
 
     def fn(params: Any, rest: Any, *arrays: Any) -> Any:
         module = nnx.merge(graphdef, params, rest, copy=True)  # `rest` would be written to
