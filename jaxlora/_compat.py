@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal
 from jax.extend.source_info_util import current_name_stack as name_stack
 
 __all__ = [
+    "INLINE",
     "Literal",
     "bind",
     "by_context",
@@ -21,6 +23,10 @@ __all__ = [
     "source_line",
     "split_jaxpr",
 ]
+
+INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+"""The option `inline` of `jax.jit` by which nothing is left of it in a jaxpr: since JAX 0.12 True
+means something else."""
 
 
 def bind(eqn: JaxprEqn, args: Sequence[Any], **changes: Any) -> list[Any]:
