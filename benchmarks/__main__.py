@@ -4,12 +4,16 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import harness, report, train_step
+from benchmarks import harness, report, trace, train_step
 
 BENCHMARKS: dict[str, Callable[[], harness.Benchmark]] = {
     "train_step": train_step.scanned,
     "train_step_remat": train_step.remat,
     "train_step_unrolled": train_step.unrolled,
+    "trace": trace.linen,
+    "trace_grad": trace.gradient,
+    "trace_nnx": trace.flax_nnx,
+    "trace_jnp": trace.plain_jnp,
 }
 """A new benchmark is a new entry: a function that builds it, described by its docstring."""
 

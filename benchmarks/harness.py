@@ -25,11 +25,13 @@ class Contestant:
 
     Args:
         run: does it once and returns arrays to wait for; None where only figures are compared.
+        prepare: called before each run, and not timed.
         compiled: the program, for its FLOPs and bytes; None where there is none.
         figures: what else is compared (`{"bytes_per_param": 0.52}`).
     """
 
     run: Callable[[], object] | None = None
+    prepare: Callable[[], object] | None = None
     compiled: jax.stages.Compiled | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
 
@@ -92,19 +94,23 @@ def compiled_figures(compiled: jax.stages.Compiled) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items() if value is not None}
 
 
-def time_rounds(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after two rounds that are not counted.
+def time_rounds(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant that runs, in each round, after two rounds that are not counted.
 
     A round runs each once, in an order drawn anew: in a fixed one the same contestant would always
     find the caches as full fine-tuning left them.
     """
+    runs = {name: (c.run, c.prepare) for name, c in contestants.items() if c.run is not None}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(rounds + 2):
         shuffle(order)
         for name in order:
+            run, prepare = runs[name]
+            if prepare is not None:
+                prepare()
             start = time.perf_counter()
-            jax.block_until_ready(runs[name]())
+            jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)
     return {name: taken[2:] for name, taken in seconds.items()}
 
@@ -120,8 +126,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float] | None:
 def measure(benchmark: Benchmark, rounds: int | None = None) -> dict[str, Any]:
     """Run `benchmark`; its figures, ratios and limits, ready for `report`."""
     rounds = rounds or benchmark.rounds
-    runs = {name: c.run for name, c in benchmark.contestants.items() if c.run is not None}
-    seconds = time_rounds(runs, rounds)
+    seconds = time_rounds(benchmark.contestants, rounds)
     figures = {
         name: {**(compiled_figures(c.compiled) if c.compiled else {}), **c.figures}
         for name, c in benchmark.contestants.items()

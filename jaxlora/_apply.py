@@ -54,19 +54,25 @@ class Interpreter:
         def read(var: Any) -> Any:
             return var.val if isinstance(var, _compat.Literal) else env[var]
 
-        for eqn in inner.eqns:
-            values = [read(v) for v in eqn.invars]
-            with _compat.eqn_context(eqn):
-                if any(isinstance(v, Node) for v in values):
-                    self._entered.append(eqn)
-                    try:
-                        outs = apply_rule(self, eqn, values)
-                    finally:
-                        self._entered.pop()
-                else:
-                    outs = _compat.bind(eqn, values)
-            env.update(zip(eqn.outvars, outs, strict=True))
+        scopes = _compat.name_stack()
+        for context, eqns in _compat.by_context(inner.eqns):
+            with context:
+                for eqn in eqns:
+                    values = [read(v) for v in eqn.invars]
+                    with _compat.source_context(eqn, scopes):
+                        if any(isinstance(v, Node) for v in values):
+                            outs = self._rule(eqn, values)
+                        else:
+                            outs = _compat.bind(eqn, values)
+                    env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in inner.outvars]
+
+    def _rule(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        self._entered.append(eqn)
+        try:
+            return apply_rule(self, eqn, values)
+        finally:
+            self._entered.pop()
 
     def jitted(
         self,

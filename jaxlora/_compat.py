@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn, Literal
+from jax.extend.source_info_util import current_name_stack as name_stack
 
 __all__ = [
+    "INLINE",
     "Literal",
     "bind",
-    "eqn_context",
+    "by_context",
     "explicit_spec",
     "manual_axes",
+    "name_stack",
     "ndim",
+    "source_context",
     "source_line",
     "split_jaxpr",
 ]
 
+INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+"""The option `inline` of `jax.jit` by which nothing is left of it in a jaxpr: since JAX 0.12 True
+means something else."""
+
 
 def bind(eqn: JaxprEqn, args: Sequence[Any], **changes: Any) -> list[Any]:
     """Runs an equation as it is, or with some parameters changed; always returns a list."""
-    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params | changes))
+    params = eqn.params | changes if changes else eqn.params
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -39,13 +48,23 @@ def ndim(var: Any) -> int:
     return len(getattr(var.aval, "shape", ()))
 
 
-@contextlib.contextmanager
-def eqn_context(eqn: JaxprEqn):
-    """The equation's own source line, name scopes and context (compute_on, meshes, ...)."""
+def source_context(eqn: JaxprEqn, outer: Any) -> Any:
+    """The equation's own source line and name scopes, the latter within `outer`.
+
+    Entered for each equation, so no generator is.
+    """
     info = eqn.source_info
-    stack = source_info_util.current_name_stack() + info.name_stack
-    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
-        yield
+    stack = outer + info.name_stack if len(outer) else info.name_stack
+    return source_info_util.user_context(info.traceback, name_stack=stack)
+
+
+def by_context(eqns: Iterable[JaxprEqn]) -> Iterator[tuple[Any, Iterable[JaxprEqn]]]:
+    """(a context manager, equations in a row that share it): compute_on, meshes, ...
+
+    JAX keeps one object for equal contexts, and nearly always a jaxpr has but one.
+    """
+    for context, same in itertools.groupby(eqns, key=lambda eqn: eqn.ctx):
+        yield context.manager, same
 
 
 def source_line(eqn: JaxprEqn) -> str:

@@ -8,9 +8,11 @@ scaled, and meets the second.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
@@ -66,7 +68,7 @@ class Contraction:
         narrow = not jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype.itemsize == 1
         narrow = narrow or x.dtype.itemsize < node.w.dtype.itemsize
         dtype = x.dtype if not narrow else y.dtype if y.dtype.itemsize > 1 else jnp.bfloat16
-        return x.astype(dtype)
+        return lax.convert_element_type(x, dtype)
 
     def order(self, node: Factored, t: Term) -> tuple[Labelled, Labelled]:
         """The factors, the one that spans summed dims first."""
@@ -130,36 +132,70 @@ class Dot(Contraction):
         x_free = tuple(d for d in x_dims if d >= self.ndim)
         rest = (*self.free, *x_free) if self.first else (*x_free, *self.free)
         out = (*self.batch, *rest)
-        part = self._product(node, t, Labelled(self.operand(node, x, y), tuple(x_dims)), out)
-        at = {d: out.index(d) for d in (*self.batch, *self.free)}
-        return t.placed(part, at, y.shape)
+        start, _ = self.order(node, t)
+        return _dot_share(
+            Labelled(self.operand(node, x, y), tuple(x_dims)),
+            t,
+            start is t.a,
+            (self.summed, self.batch, self.free),
+            out,
+            y.shape,
+            self.first,
+            self.eqn.params["precision"],
+        )
 
-    def _product(self, node: Factored, t: Term, x: Labelled, out: Sequence[int]) -> Labelled:
-        start, end = self.order(node, t)
-        array, dims = x.array, list(x.dims)
-        for d, (at, _) in t.window:
-            if d in dims:
-                array = lax.slice_in_dim(array, at, at + t.size(d), axis=dims.index(d))
-        # Dims that the term is constant along: W's equal columns meet the sum of x's rows.
-        constant = [d for d in self.summed if d not in t.a.dims and d not in t.b.dims]
-        if constant:
-            array = array.sum([dims.index(d) for d in constant], dtype=array.dtype)
-        x = Labelled(array, tuple(d for d in dims if d not in constant))
 
-        def product(f: Labelled, y: Labelled, result: Sequence[int]) -> Labelled:
-            f = Labelled(f.array.astype(y.array.dtype), f.dims)
-            return contract(*((f, y) if self.first else (y, f)), result, precision)
+# Inlined where it is used, as `jax.numpy`'s own functions are: the layers of a model are alike, so
+# that only the first one's is traced.
+@functools.partial(jax.jit, static_argnums=range(2, 8), inline=_compat.INLINE)
+def _dot_share(
+    x: Labelled,
+    t: Term,
+    a_first: bool,
+    dims: tuple[Dims, Dims, Dims],
+    out: Dims,
+    shape: tuple[int, ...],
+    first: bool,
+    precision: Any,
+) -> Any:
+    """`Dot.share` of a labelled activation.
 
-        precision = self.eqn.params["precision"]
-        later = {*end.dims, *out}  # stacked dims stay for the second factor even if contracted
-        kept_x = [d for d in x.dims if d not in start.dims or d in later]
-        kept_f = [d for d in start.dims if d not in kept_x and (d in later or d == RANK)]
-        together = [d for d in kept_x if d in start.dims]
-        alone = [d for d in kept_x if d not in start.dims]
-        h = product(start, x, [*together, *(kept_f + alone if self.first else alone + kept_f)])
-        h = times(h, t.scale, h.array.dtype)
-        part = product(end, h, [d for d in out if d in h.dims or d in end.dims])
-        return Labelled(part.array, tuple(out.index(d) for d in part.dims))
+    Args:
+      x: labelled by W's dims where it meets W; its own are numbered past W's.
+      t: the term.
+      a_first: whether x meets a first, and b second.
+      dims: the summed, batch and free dims of W.
+      out: the labels of y.
+      shape: of y.
+      first: whether the weight is the left operand.
+      precision: of the equation.
+    """
+    start, end = (t.a, t.b) if a_first else (t.b, t.a)
+    summed, batch, free = dims
+    array, x_dims = x.array, list(x.dims)
+    for d, (at, _) in t.window:
+        if d in x_dims:
+            array = lax.slice_in_dim(array, at, at + t.size(d), axis=x_dims.index(d))
+    # Dims that the term is constant along: W's equal columns meet the sum of x's rows.
+    constant = [d for d in summed if d not in t.a.dims and d not in t.b.dims]
+    if constant:
+        array = array.sum([x_dims.index(d) for d in constant], dtype=array.dtype)
+    x = Labelled(array, tuple(d for d in x_dims if d not in constant))
+
+    def product(f: Labelled, y: Labelled, result: Sequence[int]) -> Labelled:
+        f = Labelled(f.array.astype(y.array.dtype), f.dims)
+        return contract(*((f, y) if first else (y, f)), result, precision)
+
+    later = {*end.dims, *out}  # stacked dims stay for the second factor even if contracted
+    kept_x = [d for d in x.dims if d not in start.dims or d in later]
+    kept_f = [d for d in start.dims if d not in kept_x and (d in later or d == RANK)]
+    together = [d for d in kept_x if d in start.dims]
+    alone = [d for d in kept_x if d not in start.dims]
+    h = product(start, x, [*together, *(kept_f + alone if first else alone + kept_f)])
+    h = times(h, t.scale, h.array.dtype)
+    part = product(end, h, [d for d in out if d in h.dims or d in end.dims])
+    part = Labelled(part.array, tuple(out.index(d) for d in part.dims))
+    return t.placed(part, {d: out.index(d) for d in (*batch, *free)}, shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -384,5 +384,6 @@ class Factored(Node):
     def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
         with jax.named_scope("lora"):  # for profiles
             for t in self.terms:
-                y = y + contraction.share(self, t, x, y).astype(y.dtype)
+                share = contraction.share(self, t, x, y)
+                y = lax.add(y, lax.convert_element_type(share, y.dtype))
         return y

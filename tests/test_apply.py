@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import assert_close, assert_same, count_primitives, randomized
+from jax.extend import source_info_util
 
 import jaxlora
 from jaxlora import FullWeight, LoraConfig, LoraWeight
@@ -372,6 +374,33 @@ def test_two_uses_of_one_weight_under_one_jit_share_its_trace():
     lora = adapted((4, 4))
     text = jax.jit(jaxlora.lora_apply(fn)).lower(lora, jnp.ones((5, 4))).as_text()
     assert text.count("func.func private @layer") == 1
+
+
+def test_equations_of_adapters_carry_the_models_line_and_scope():
+    """Of each layer its own, although like layers share their trace."""
+
+    def fn(p, x):
+        with jax.named_scope("first"):
+            x = jnp.tanh(x @ p["w"])
+        with jax.named_scope("second"):
+            return jnp.tanh(x @ p["v"])
+
+    key = jax.random.split(KEY)
+    params = {"w": jax.random.normal(key[0], (4, 4)), "v": jax.random.normal(key[1], (4, 4))}
+    lora = jaxlora.init(KEY, params, LoraConfig(rank=2, targets=["w", "v"], roles={".": "io"}))
+    jaxpr = jax.make_jaxpr(jaxlora.lora_apply(fn, jit=False))(lora, jnp.ones((5, 4)))
+    dots = [eqn.source_info for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    scopes = [str(info.name_stack) for info in dots]
+    assert scopes == ["first", *["first/lora"] * 2, "second", *["second/lora"] * 2]
+    line = fn.__code__.co_firstlineno
+    for info, expected in zip(dots, [line + 2] * 3 + [line + 4] * 3, strict=True):
+        where = source_info_util.summarize(info)
+        assert f"test_apply.py:{expected}" in where
+        assert "fn" in where
+    text = jax.jit(jaxlora.lora_apply(fn)).lower(lora, jnp.ones((5, 4))).compile().as_text()
+    names = re.findall(r' dot\(.*op_name="([^"]*)"', text)
+    assert len(names) == 6
+    assert all("first" in name or "second" in name for name in names)
 
 
 def test_plain_params_pass_through():
