@@ -58,9 +58,16 @@ class TracedRoles(Mapping[str, str]):
         return len(self.roles)
 
     def is_linear(self, path: str) -> bool:
-        """Whether the weight is used in matmuls, and is no embedding."""
-        kinds = {use.kind for use in self.uses.get(path, ())}
-        return MATMUL in kinds and LOOKUP not in kinds
+        """Whether the weight is used in matmuls as a matrix, and is no embedding.
+
+        One that is summed over but has no output of its own, as in einsum("bhp,hp->bh"), is a
+        vector for each index of a stack, and no more to be adapted than a bias is.
+        """
+        uses = self.uses.get(path, ())
+        if any(use.kind == LOOKUP for use in uses):
+            return False
+        sides = [set(_complete(use.letters)) for use in uses if use.kind == MATMUL]
+        return any({"i", "o"} <= s or "!" in s for s in sides)
 
 
 @dataclasses.dataclass(frozen=True)

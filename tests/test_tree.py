@@ -125,6 +125,27 @@ def test_all_linear_skips_no_matmul():
     assert nodes(lora) == {"w", "v"}
 
 
+def test_all_linear_leaves_stacked_vectors_out():
+    """Mamba-3's `mimo_o`: summed over one dim, elementwise along all others."""
+    params = {
+        "w": jnp.ones((4, 6)),
+        "v": jnp.ones((2, 3)),
+        "s": jnp.ones((2, 1)),
+        "one": jnp.ones((6, 1)),
+    }
+
+    def fn(p, x):
+        h = (x @ p["w"]).reshape(-1, 2, 3)
+        h = jnp.einsum("thp,hp->th", h, p["v"]), jnp.einsum("thp,hq->th", h, p["s"])
+        return h, x @ p["w"] @ p["one"]
+
+    roles = jaxlora.trace_roles(fn, params, jnp.ones((5, 4)))
+    lora = jaxlora.init(KEY, params, LoraConfig(targets="all-linear"), roles=roles)
+    assert nodes(lora) == {"w", "one"}
+    with pytest.raises(jaxlora.RolesError, match="'si'"):
+        jaxlora.init(KEY, params, LoraConfig(targets=["v"]), roles=roles)
+
+
 def test_roles_are_traced_without_arrays():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS["params"])
     fn = lambda p, x: x @ p["head"]["proj"]["kernel"]
