@@ -8,7 +8,7 @@ training with dropout keys and batch statistics):
 - `base_params` gives the base's output bit for bit;
 - every other leaf of two or more dimensions is listed with the reason why it is left.
 
-The small packages come with `python -m pip install -e ".[test]"`, the others (transformers is 130
+The small packages come with `python -m pip install -e ".[test]"`, the others (transformers is 115
 MB) with `".[real-models]"`; a run names those that are missing.
 
 Not here, since they fail without jaxlora too: FlaxT5 of transformers calls `jnp.clip` with an
