@@ -35,6 +35,7 @@ class Interpreter:
 
     def __init__(self, materialize: Callable[[Node, str], Any]):
         self._materialize = materialize
+        self.manual = 0  # within how many shard_maps
         self._entered: list[JaxprEqn] = []  # the equations being evaluated, outermost first
         self._jitted: dict[Any, Callable[..., Any]] = {}
 
@@ -80,13 +81,14 @@ class Interpreter:
         name: str,
         shardings: tuple[Sequence[Any], Sequence[Any]],
         donate_argnums: tuple[int, ...],
+        inline: Any,
     ) -> Callable[..., Any]:
         """`jax.jit` of `eval`, one for each jaxpr, so that its calls share their trace.
 
         Shardings become constraints: which of the outputs are weights, with factors of their own,
         shows only inside.
         """
-        key = id(jaxpr), donate_argnums, shardings
+        key = id(jaxpr), shardings, donate_argnums, inline
         if key not in self._jitted:
 
             def run(*args: Any) -> list[Any]:
@@ -94,7 +96,7 @@ class Interpreter:
                 return list(map(constrained, self.eval(jaxpr, args), shardings[1]))
 
             run.__name__ = run.__qualname__ = name
-            self._jitted[key] = jax.jit(run, donate_argnums=donate_argnums)
+            self._jitted[key] = jax.jit(run, donate_argnums=donate_argnums, inline=inline)
         return self._jitted[key]
 
 

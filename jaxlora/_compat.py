@@ -23,6 +23,8 @@ __all__ = [
     "source_context",
     "source_line",
     "split_jaxpr",
+    "vary",
+    "varying",
 ]
 
 INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
@@ -76,6 +78,17 @@ def manual_axes(eqn: JaxprEqn) -> frozenset[str]:
     """The mesh axes over which a shard_map equation is manual."""
     found = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes"))
     return frozenset(eqn.params["mesh"].axis_names if found is None else found)
+
+
+def varying(array: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array's type says that it varies; none if unchecked."""
+    return getattr(getattr(jax.typeof(array), "mat", None), "varying", frozenset())
+
+
+def vary(array: Any, axes: frozenset[str]) -> Any:
+    """The same array, its type varying over these manual axes too."""
+    missing = tuple(sorted(axes - varying(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def explicit_spec(array: Any) -> tuple[Any, ...]:

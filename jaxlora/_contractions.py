@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
+from jax.sharding import PartitionSpec as P
 
 from jaxlora import _compat
 from jaxlora._errors import RolesError
@@ -78,11 +79,11 @@ class Contraction:
 
         summed, left = set(self.summed) - set(self.window), set(self.free)
         by_a, by_b = spans(t.a, t.b) & summed, spans(t.b, t.a) & summed
-        start, end = (t.b, t.a) if by_b and not by_a else (t.a, t.b)
+        # Where no factor spans what is summed (one input channel), the other one goes last.
+        last_a = not by_b and spans(t.a, t.b) & left and not spans(t.b, t.a) & left
+        start, end = (t.b, t.a) if not by_a and (by_b or last_a) else (t.a, t.b)
         if (by_a and by_b) or ((by_a or by_b) and spans(start, end) & left):
-            uses = "".join(
-                letter_of(d, self.summed, self.batch, self.window) for d in range(self.ndim)
-            )
+            uses = "".join(letter_of(d, self.summed, self.batch) for d in range(self.ndim))
             raise RolesError(
                 f"{node.path}: got roles {node.roles()!r} (of its dims as they reach "
                 f"`{self.eqn.primitive.name}` at {self.where()}), but it is used as {uses!r}: "
@@ -90,7 +91,7 @@ class Contraction:
                 "roles in LoraConfig(roles={...}), or read them from the model: "
                 "jaxlora.init(..., roles=jaxlora.trace_roles(fn, params, *args))."
             )
-        if not (by_a or by_b or summed & {*t.a.dims, *t.b.dims}):
+        if not (by_a or by_b or {*self.summed} & {*t.a.dims, *t.b.dims}):
             raise Unfactorable("it contracts no dim of the weight")
         return start, end
 
@@ -258,9 +259,9 @@ class Conv(Contraction):
             pairs = zip(window, params[name], strict=True)
             return tuple(v if d in slide else other for d, v in pairs)
 
-        (y,) = _compat.bind(
-            self.eqn,
-            [x, kernel],
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
             window_strides=own("window_strides", 1),
             padding=own("padding", (0, 0)),
             lhs_dilation=own("lhs_dilation", 1),
@@ -268,7 +269,9 @@ class Conv(Contraction):
             dimension_numbers=lax.ConvDimensionNumbers(
                 spec, params["dimension_numbers"].rhs_spec, out_spec
             ),
-            out_sharding=None,
+            feature_group_count=groups,
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
         )
         return y.astype(x.dtype)
 
@@ -283,10 +286,11 @@ class Conv(Contraction):
         after = [axis + k for k in sorted(range(x.ndim), key=lambda k: out_spec[k])]
         c, into = spec[1], out_spec[1]
         before[c : c + 1], after[into : into + 1] = [group, source], [group, target]
-        split = x.reshape(*x.shape[:c], groups, -1, *x.shape[c + 1 :])
+        split = x.reshape(*x.shape[:c], groups, x.shape[c] // groups, *x.shape[c + 1 :])
         array, dims = whole(f, [source, target], shape).astype(x.dtype), channels
         if target != RANK:  # each group has output channels of its own
-            array, dims = array.reshape(array.shape[0], groups, -1), (source, group, target)
+            rank, total = array.shape
+            array, dims = array.reshape(rank, groups, total // groups), (source, group, target)
         pair = Labelled(split, tuple(before)), Labelled(array, dims)
         y = contract(*pair, after, self.eqn.params["precision"]).array
         return lax.collapse(y, into, into + 2)
@@ -332,7 +336,11 @@ class RaggedDot(Contraction):
         x = self.operand(node, x, y)
         f = whole(start, [*self.batch, *self.summed, RANK], node.shape)
         n_batch, n_summed = len(self.x_batch), len(self.summed)
-        h = self._meet(x, f, self.x_summed, self.x_batch, self.ragged, n_summed)
+        # JAX infers no explicit shardings here: where the equation gives one, so do the steps.
+        out = self.eqn.params["out_sharding"]
+        kept = _compat.explicit_spec(y)[: y.ndim - len(self.free)]
+        between = None if out is None else P(*kept, None)
+        h = self._meet(x, f, self.x_summed, self.x_batch, self.ragged, n_summed, between)
         # h: its batch, what x had left, the rank.
         left = [k for k in range(x.ndim) if k not in (*self.x_summed, *self.x_batch)]
         ragged = n_batch + left.index(self.ragged)
@@ -341,10 +349,17 @@ class RaggedDot(Contraction):
         b = times(
             Labelled(b, tuple(range(b.ndim))), Labelled(scale, tuple(range(scale.ndim))), b.dtype
         )
-        return self._meet(h, b.array, (h.ndim - 1,), tuple(range(n_batch)), ragged, 1)
+        return self._meet(h, b.array, (h.ndim - 1,), tuple(range(n_batch)), ragged, 1, out)
 
     def _meet(
-        self, x: Any, f: Any, x_summed: Dims, x_batch: Dims, ragged: int, n_summed: int
+        self,
+        x: Any,
+        f: Any,
+        x_summed: Dims,
+        x_batch: Dims,
+        ragged: int,
+        n_summed: int,
+        sharding: Any,
     ) -> Any:
         """The ragged product of x with f: (batch..., group, summed..., free...)."""
         n_batch = len(x_batch)
@@ -356,7 +371,9 @@ class RaggedDot(Contraction):
             (ragged,),
             (n_batch,),
         )
-        return ragged_product(self.eqn, x, f.astype(x.dtype), self.sizes, numbers).astype(x.dtype)
+        changes = {"ragged_dot_dimension_numbers": numbers, "out_sharding": sharding}
+        out = ragged_product(self.eqn, x, f.astype(x.dtype), self.sizes, **changes)
+        return out.astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,15 +386,12 @@ class _Ragged:
         return lax.ragged_dot_general(x, w, sizes, **dict(self.params))
 
 
-def ragged_product(eqn: JaxprEqn, x: Any, w: Any, sizes: Any, numbers: Any = None) -> Any:
-    """The equation's ragged_dot_general of other operands."""
-    params = dict(eqn.params)
-    if numbers is not None:
-        params |= {"ragged_dot_dimension_numbers": numbers, "out_sharding": None}
-    return looped(_Ragged(tuple(sorted(params.items()))), x, w, sizes)
+def ragged_product(eqn: JaxprEqn, x: Any, w: Any, sizes: Any, **changes: Any) -> Any:
+    """The equation's ragged_dot_general of other operands, with some parameters changed."""
+    return looped(_Ragged(tuple(sorted((eqn.params | changes).items()))), x, w, sizes)
 
 
-def letter_of(d: int, summed: Dims, batch: Dims, window: Dims) -> str:
+def letter_of(d: int, summed: Dims, batch: Dims, window: Dims = ()) -> str:
     """How a dim is used, in one letter: as roles, and `k` for a window."""
     return "k" if d in window else "i" if d in summed else "s" if d in batch else "o"
 

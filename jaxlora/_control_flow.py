@@ -43,13 +43,16 @@ def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence
         params["jaxpr"],
         name=params["name"],
         shardings=(params["in_shardings"], params["out_shardings"]),
+        inline=params["inline"],  # since JAX 0.12 more than a flag
         donate_argnums=tuple(
             k
             for k, donated in enumerate(params["donated_invars"])
             if donated and not isinstance(values[k], Node)
         ),
     )
-    return _leave(run(*_enter(values)), values)
+    inside = [v.entered(k) if isinstance(v, Node) else v for k, v in enumerate(values)]
+    outs = [v.left(values) if isinstance(v, Node) and v.origin is None else v for v in run(*inside)]
+    return _leave(outs, values)
 
 
 @rule("closed_call", "core_call", "core_closed_call", "call")
@@ -90,6 +93,7 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
     def run(jaxpr: Any, *args: Any) -> list[Any]:
         outs = interpreter.eval(jaxpr, args)
         outs = [interpreter.materialize(v, use) if k in summed else v for k, v in enumerate(outs)]
+        outs = [v.varying() if isinstance(v, Node) else v for v in outs]
         made.append([v.skeleton() if isinstance(v, Node) else None for v in outs])
         for k, (one, other) in enumerate(zip(made[0], made[-1], strict=True)):
             alike = one.like(other) if one is not None and other is not None else one is other
@@ -262,7 +266,7 @@ class _Carry:
             if k in self.fixed:
                 return None
             if isinstance(v, Node) and isinstance(init, Node):
-                return init.either([init], jax.tree.leaves(v))
+                return init.either([init], jax.tree.leaves(v.varying()))
             return self.interpreter.materialize(v, self.use)
 
         return [state(k, v) for k, v in enumerate(outs)]
@@ -271,7 +275,10 @@ class _Carry:
         while True:
             for k in self.summed:
                 self.init[k] = self.interpreter.materialize(self.init[k], self.use)
-            init = [None if k in self.fixed else v for k, v in enumerate(self.init)]
+            init = [
+                None if k in self.fixed else v.varying() if isinstance(v, Node) else v
+                for k, v in enumerate(self.init)
+            ]
             try:
                 outs = loop(unmarked(init))
             except _Again:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlora import _compat
 from jaxlora._contractions import Contraction
 from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable, contract, times
 from jaxlora._weight import LoraWeight, widened
@@ -108,6 +109,10 @@ class Term:
         return array
 
 
+ANY = "*"
+"""In place of a mesh axis: it is not known which."""
+
+
 class Static(str):
     """A text that takes part in no comparison, so that it never causes a second trace."""
 
@@ -131,7 +136,6 @@ class Node:
     w: Any
     origin: int | None
     only_records: ClassVar[bool] = False  # it has no terms, and two of them may meet
-    uniform: bool = True  # see Factored
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -178,9 +182,27 @@ class Node:
         """This node with every leaf spanning dim d spanning all of it."""
         return self
 
-    def local(self, leaves: Sequence[Any]) -> Any:
+    def entered(self, k: int) -> Any:
+        """This node as argument k of a jit whose trace others may share."""
+        return self.replace(origin=k)
+
+    def left(self, values: Sequence[Any]) -> Any:
+        """This node outside of the jit whose arguments were `values`."""
+        return self.replace()
+
+    def blocks(self, leaves: Sequence[Any], spec: Sequence[Any], nested: bool) -> Any:
         """This node as one device of a shard_map sees it, its leaves given."""
-        return jax.tree.unflatten(jax.tree.structure(self), leaves)
+        raise NotImplementedError
+
+    def same_over(self, names: Iterable[str], dim: int) -> bool:
+        """Whether factors that do not span `dim` are the same on all devices along these axes."""
+        return True
+
+    def varying(self) -> Any:
+        """This node, all of its leaves typed as varying over the manual axes that w varies over."""
+        axes = _compat.varying(self.w)
+        node = jax.tree.map(lambda leaf: _compat.vary(leaf, axes), self)
+        return node.replace(origin=self.origin)
 
     def like(self, other: Node) -> bool:
         """Whether control flow may choose between the two, leaf by leaf."""
@@ -200,6 +222,11 @@ class Node:
         return jax.tree.unflatten(jax.tree.structure(self.replace()), leaves)
 
 
+def _joined_paths(nodes: Iterable[Factored]) -> str:
+    each = (path for node in nodes for path in node.path.split(", "))
+    return ", ".join(dict.fromkeys(each))
+
+
 def unmarked(values: Iterable[Any]) -> list[Any]:
     """The values, whose nodes are no input of the function that gets them."""
     return [v.replace() if isinstance(v, Node) else v for v in values]
@@ -217,8 +244,10 @@ class Factored(Node):
       origin: see Node.
       picked: present dims that count picked indices (the tokens of an embedding lookup).
       sides: the sides, `i` or `o`, of which a dim was picked.
-      uniform: whether no traced index or factor entered it since it was an input, so that under
-        shard_map all devices made it alike.
+      sharded: pairs (dim, mesh axis): under shard_map, a device has a block of that dim.
+      varied: mesh axes over which the factors may differ between devices in other ways: along dims
+        that are gone, or by what was traced (ANY axis).
+      inputs: which arguments of the enclosing jit it was made from.
     """
 
     w: Any
@@ -227,11 +256,13 @@ class Factored(Node):
     origin: int | None = None
     picked: frozenset[int] = frozenset()
     sides: frozenset[str] = frozenset()
-    uniform: bool = True
+    sharded: frozenset[tuple[int, str]] = frozenset()
+    varied: frozenset[str] = frozenset()
+    inputs: frozenset[int] = frozenset()
 
     def tree_flatten(self):
-        aux = Static(self.path), self.origin, self.picked, self.sides, self.uniform
-        return (self.w, self.terms), aux
+        aux = (Static(self.path), self.origin, self.picked, self.sides)
+        return (self.w, self.terms), (*aux, self.sharded, self.varied, self.inputs)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
@@ -244,16 +275,49 @@ class Factored(Node):
             a=Labelled(lw.a, (*s, *i, RANK)),
             b=Labelled(lw.b, (*s, RANK, *o)),
             # Frozen, as w is: no gradient is computed that freeze_base would throw away.
-            scale=Labelled(lax.stop_gradient(lw.scale), s),
+            scale=Labelled(lax.stop_gradient(lw.scale.astype(widened(lw.w.dtype))), s),
         )
         return cls(lax.stop_gradient(lw.w), (term,), path, origin)
 
     def like(self, other: Node) -> bool:
-        mine: Node = self.replace(uniform=False)
-        return Node.like(mine, other.replace(uniform=False) if type(other) is Factored else other)
+        alike: dict[str, Any] = {
+            "sharded": frozenset(),
+            "varied": frozenset(),
+            "inputs": frozenset(),
+        }
+        mine: Node = self.replace(**alike)
+        return Node.like(mine, other.replace(**alike) if type(other) is Factored else other)
 
     def either(self, nodes: Sequence[Any], leaves: Sequence[Any]) -> Factored:
-        return Node.either(self, nodes, leaves).replace(uniform=False)
+        return Node.either(self, nodes, leaves).replace(
+            sharded=frozenset().union(*(n.sharded for n in nodes)),
+            varied=frozenset([ANY]).union(*(n.varied for n in nodes)),
+            inputs=frozenset().union(*(n.inputs for n in nodes)),
+        )
+
+    def entered(self, k: int) -> Factored:
+        return self.replace(origin=k, inputs=frozenset([k]))
+
+    def left(self, values: Sequence[Any]) -> Factored:
+        made_from = [values[k] for k in sorted(self.inputs)]
+        inputs = frozenset().union(*(v.inputs for v in made_from))
+        return self.replace(path=_joined_paths(made_from), inputs=inputs)
+
+    def blocks(self, leaves: Sequence[Any], spec: Sequence[Any], nested: bool) -> Factored:
+        node: Factored = jax.tree.unflatten(jax.tree.structure(self), leaves)
+        axes = [
+            (d, entry if isinstance(entry, tuple) else (entry,)) for d, entry in enumerate(spec)
+        ]
+        pairs = {(d, axis) for d, names in axes for axis in names if axis is not None}
+        return node.replace(
+            origin=self.origin,
+            sharded=frozenset(pairs) | (self.sharded if nested else frozenset()),
+            varied=self.varied if nested else frozenset(),
+        )
+
+    def same_over(self, names: Iterable[str], dim: int) -> bool:
+        others = {axis for d, axis in self.sharded if d != dim} | self.varied
+        return ANY not in others and not others & {*names}
 
     @property
     def is_row(self) -> bool:
@@ -273,10 +337,15 @@ class Factored(Node):
                 t = t.filled([axis]).spread(axis, part.shape[axis])
                 terms.append(t.each(lambda f: f, dict(t.window) | {axis: (at, w.shape[axis])}))
             at += part.shape[axis]
-        each = (p.path.split(", ") for p in parts if isinstance(p, Factored))
-        paths = ", ".join(dict.fromkeys(path for several in each for path in several))
-        uniform = all(p.uniform for p in parts if isinstance(p, Factored))
-        return cls(w, tuple(terms), paths, uniform=uniform)
+        nodes = [p for p in parts if isinstance(p, Factored)]
+        return cls(
+            w,
+            tuple(terms),
+            _joined_paths(nodes),
+            sharded=frozenset().union(*(n.sharded for n in nodes)),
+            varied=frozenset().union(*(n.varied for n in nodes)),
+            inputs=frozenset().union(*(n.inputs for n in nodes)),
+        )
 
     def roles(self) -> str:
         """The roles of the present dims, of the first term; '1' for dims that it does not span."""
@@ -298,7 +367,15 @@ class Factored(Node):
             ),
             picked=frozenset(j for j, s in enumerate(move.sources) if picked & set(s)),
             sides=self.sides | ({self.roles()[d] for d in picked} & {"i", "o"}),
-            uniform=self.uniform and not move.traced,
+            sharded=frozenset(
+                (j, axis)
+                for d, axis in self.sharded
+                for j, source in enumerate(move.sources)
+                if d in source
+            ),
+            varied=self.varied
+            | {axis for d, axis in self.sharded if not any(d in s for s in move.sources)}
+            | ({ANY} if move.traced else set()),
         )
         # A lookup of some rows (an embedding) is an activation from here on. As many rows as there
         # are may be a permutation of the weight, and stay one until they are used.
@@ -318,6 +395,8 @@ class Factored(Node):
             terms=terms,
             picked=frozenset(e - (e > d) for e in self.picked if e != d),
             sides=self.sides | ({self.roles()[d]} & {"i", "o"}),
+            sharded=frozenset((e - (e > d), axis) for e, axis in self.sharded if e != d),
+            varied=self.varied | {axis for e, axis in self.sharded if e == d},
         )
 
     def stacked(self, leaves: Sequence[Any]) -> Factored:
@@ -327,7 +406,12 @@ class Factored(Node):
             return Labelled(f.array, (0, *f.relabel(lambda e: e + 1).dims))
 
         terms = tuple(t.each(add, {e + 1: span for e, span in t.window}) for t in node.terms)
-        return node.replace(terms=terms, picked=frozenset(e + 1 for e in self.picked))
+        return node.replace(
+            terms=terms,
+            picked=frozenset(e + 1 for e in self.picked),
+            sharded=frozenset((e + 1, axis) for e, axis in self.sharded),
+            varied=self.varied | {ANY},
+        )
 
     def filled(self, d: int) -> Factored:
         return self.replace(terms=tuple(t.filled([d]) for t in self.terms), origin=self.origin)
@@ -373,13 +457,14 @@ class Factored(Node):
                             part = lax.slice_in_dim(
                                 part, window[d][0], window[d][0] + t.size(d), axis=k
                             )
-                    product = times(f, Labelled(part, tuple(along)), f.array.dtype)
+                    wide = jnp.promote_types(f.array.dtype, part.dtype)
+                    product = times(f, Labelled(part, tuple(along)), wide)
                     changes: dict[str, Any] = {name: product}
                     return dataclasses.replace(t, **changes)
             raise Unfactorable("its factor varies along input dims and output dims alike")
 
-        uniform = self.uniform and not isinstance(factor, jax.core.Tracer)
-        return self.replace(w=w, terms=tuple(map(scale, self.terms)), uniform=uniform)
+        varied = self.varied | ({ANY} if isinstance(factor, jax.core.Tracer) else set())
+        return self.replace(w=w, terms=tuple(map(scale, self.terms)), varied=varied)
 
     def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
         with jax.named_scope("lora"):  # for profiles

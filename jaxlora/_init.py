@@ -289,8 +289,8 @@ def _roles_of(path: str, leaf: Any, config: LoraConfig, given: Mapping[str, str]
             f"{path}: got no roles for shape {tuple(leaf.shape)}, expected one letter for each "
             "dimension: s stacked, i input, o output. Read them from the model, "
             f"jaxlora.init(..., roles=jaxlora.trace_roles(fn, params, *args)), or say {example}: "
-            "'ioo' for a query kernel (embed, heads, head_dim), 'sio' for a scanned Dense kernel "
-            "(layers, in, out)."
+            "'ioo' for a query kernel (embed, heads, head_dim), 'iiio' for a convolution (height, "
+            "width, in, out), 'sio' for a scanned Dense kernel (layers, in, out)."
         )
     check_roles(found, leaf.shape, path)
     for use in uses or ():

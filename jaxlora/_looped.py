@@ -33,14 +33,13 @@ class _Transposed:
 
     f: Callable[..., Any]
     k: int
-    shape: tuple[int, ...]
-    dtype: Any
+    aval: Any
 
     def __call__(self, ct: Any, other: Any, *rest: Any) -> Any:
         def linear(v: Any) -> Any:
             return self.f(*((v, other) if self.k == 0 else (other, v)), *rest)
 
-        (out,) = jax.linear_transpose(linear, jax.ShapeDtypeStruct(self.shape, self.dtype))(ct)
+        (out,) = jax.linear_transpose(linear, self.aval)(ct)
         return out
 
 
@@ -75,8 +74,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, f: Callable[..., An
 def _transpose(ct: Any, x: Any, y: Any, *rest: Any, f: Callable[..., Any]) -> list[Any]:
     k = 0 if ad.is_undefined_primal(x) else 1
     undefined, other = (x, y) if k == 0 else (y, x)
-    aval = undefined.aval
-    out = looped(_Transposed(f, k, aval.shape, aval.dtype), ct, other, *rest)
+    out = looped(_Transposed(f, k, undefined.aval), ct, other, *rest)
     return [out if j == k else None for j in range(2 + len(rest))]
 
 

@@ -263,7 +263,7 @@ def cut(
 
 def dynamic_slice(starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]) -> Move:
     def apply(f: Labelled) -> Labelled:
-        start = [0 if d == RANK else starts[d] for d in f.dims]
+        start = [jnp.zeros_like(starts[0]) if d == RANK else starts[d] for d in f.dims]
         size = [n if d == RANK else sizes[d] for d, n in zip(f.dims, f.array.shape, strict=True)]
         return Labelled(lax.dynamic_slice(f.array, start, size), f.dims)
 

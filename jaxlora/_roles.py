@@ -32,7 +32,9 @@ class Use:
     where: str
 
     def __str__(self) -> str:
-        roles = f"{self.kind} {self.letters!r}" if self.kind != OTHER else ""
+        letters = self.letters.lower().replace("k", "i")
+        both = " (!: contracted and free)" if "!" in letters else ""
+        roles = f"{self.kind} {letters!r}{both}" if self.kind != OTHER else ""
         return f"{roles} {self.where}".strip()
 
 
@@ -111,8 +113,10 @@ class Track:
             for d in dims:
                 if letters[d] == "1":
                     letters[d] = letter.upper()
-                elif letters[d] == "s":
+                elif letters[d] == "s" or (letters[d] == "k" and letter != "s"):
                     letters[d] = letter
+                elif letter == "k":
+                    continue  # either factor may span a window
                 elif letters[d] != letter and not letters[d].isupper() and letter != "s":
                     letters[d] = "!"
         # Picked rows need an input and an output of their own to be weights (an expert's matrix);
@@ -155,14 +159,14 @@ class Probe(Node):
     def leaf_dims(self) -> list[Dims]:
         return [tuple(range(len(self.shape)))]
 
-    def local(self, leaves: Sequence[Any]) -> Probe:
+    def blocks(self, leaves: Sequence[Any], spec: Sequence[Any], nested: bool) -> Probe:
         (w,) = leaves
 
         def block(t: Track) -> Track:
             alone = (dims for j, dims in enumerate(t.made_of) if w.shape[j] == 1)
             return dataclasses.replace(t, blocks=t.blocks.union(*alone))
 
-        return self._with(w, block)
+        return self._with(w, block).replace(origin=self.origin)
 
     def _with(self, w: Any, change: Callable[[Track], Track]) -> Probe:
         return self.replace(w=w, tracks=tuple(map(change, self.tracks)))
@@ -327,7 +331,11 @@ def _complete(letters: str) -> str:
 
     Those that were not used are inputs if there is no other, else outputs.
     """
-    letters = letters.lower().replace("k", "i")
-    if "i" not in letters:
-        letters = letters.replace("1", "i", 1)
-    return letters.replace("1", "o")
+    full = letters.lower().replace("k", "i")
+    full = full if "i" in full else full.replace("1", "i", 1)
+    full = full.replace("1", "o")
+    for letter in "io":  # a side that no dim is on takes one of size one, if the other has more
+        units = [k for k, x in enumerate(letters) if x.isupper() and full[k] != letter]
+        if letter not in full and units:
+            full = full[: units[-1]] + letter + full[units[-1] + 1 :]
+    return full

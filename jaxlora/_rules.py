@@ -137,6 +137,13 @@ def _squeeze(shape, params) -> Move:
     return moves.squeeze(len(shape), params["dimensions"])
 
 
+@structural("reduce_sum")
+def _reduce_sum(shape, params) -> Move:
+    if any(shape[d] != 1 for d in params["axes"]):
+        raise Unfactorable("it sums over the weight")
+    return moves.squeeze(len(shape), params["axes"])
+
+
 @structural("broadcast_in_dim")
 def _broadcast_in_dim(shape, params, *dynamic) -> Move:
     return moves.broadcast_in_dim(shape, params["shape"], params["broadcast_dimensions"])
@@ -173,6 +180,18 @@ def _pad(shape, params, value) -> Move:
 @structural("gather")
 def _gather(shape, params, indices) -> Move:
     return moves.gather(params["dimension_numbers"], params["slice_sizes"], indices, shape, params)
+
+
+@rule("tile")
+def _tile(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    """A broadcast along new dims, each fused with the one that it repeats."""
+    (node,), (w,) = values, _compat.bind(eqn, [values[0].w])
+    reps, shape = eqn.params["reps"], node.shape
+    spread = [n for pair in zip(reps, shape, strict=True) for n in pair]
+    dims = range(1, 2 * len(shape), 2)
+    repeated = lax.broadcast_in_dim(node.w, spread, dims)
+    node = node.moved(moves.broadcast_in_dim(shape, spread, dims), repeated)
+    return [node.moved(moves.reshape(spread, w.shape), w)]
 
 
 @rule("split")

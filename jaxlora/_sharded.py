@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend.core import JaxprEqn
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlora import _compat, _moves
@@ -35,6 +35,8 @@ def constrained(value: Any, sharding: Any) -> Any:
 def _each(node: Node, sharding: Any, place: Callable[[Any, Any], Any], rank: Any) -> Any:
     """A weight and its factors, placed by its sharding."""
     placed = []
+    if isinstance(sharding, NamedSharding):
+        node = _filled(node, tuple(sharding.spec))
     for leaf, dims in zip(jax.tree.leaves(node), node.leaf_dims(), strict=True):
         where = sharding
         if isinstance(sharding, NamedSharding):
@@ -72,32 +74,36 @@ def _device_put(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> S
 @rule("shard_map")
 def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     params = eqn.params
+    in_specs = [tuple(spec) for spec in params["in_specs"]]
     nodes, leaves, specs = [], [], []
-    for k, (v, spec) in enumerate(zip(values, params["in_specs"], strict=True)):
-        node = None
-        if isinstance(v, Node):
-            node = v.replace(origin=k)
-            for d in range(len(v.shape)):
-                if d < len(spec) and spec[d] is not None:
-                    node = node.filled(d)  # a window of the whole is none of a block
+    for k, (v, spec) in enumerate(zip(values, in_specs, strict=True)):
+        node = _filled(v.replace(origin=k), spec) if isinstance(v, Node) else None
         nodes.append(node)
-        leaves.append([v] if node is None else jax.tree.leaves(node))
-        specs.append(
-            [spec] if node is None else [project(tuple(spec), d) for d in node.leaf_dims()]
-        )
+        if node is None:
+            leaves.append([v])
+            specs.append([P(*spec)])
+        else:
+            specs.append([project(spec, dims) for dims in node.leaf_dims()])
+            pairs = zip(jax.tree.leaves(node), specs[-1], strict=True)
+            leaves.append([_typed(x, p, params["mesh"]) for x, p in pairs])
 
+    nested = interpreter.manual > 0
     unchanged: dict[int, int] = {}
     use = f"an output of `shard_map` at {interpreter.where()}"
 
     def body(*blocks: Any) -> list[Any]:
         inside = [
-            xs[0] if node is None else node.local(xs)
-            for node, xs in zip(nodes, blocks, strict=True)
+            xs[0] if node is None else node.blocks(xs, spec, nested)
+            for node, xs, spec in zip(nodes, blocks, in_specs, strict=True)
         ]
-        outs = interpreter.eval(params["jaxpr"], inside)
+        interpreter.manual += 1
+        try:
+            outs = interpreter.eval(params["jaxpr"], inside)
+        finally:
+            interpreter.manual -= 1
         for k, v in enumerate(outs):
             if isinstance(v, Node):
-                if v.origin is not None and params["in_specs"][v.origin] == params["out_specs"][k]:
+                if v.origin is not None and _same(in_specs[v.origin], params["out_specs"][k]):
                     unchanged[k] = v.origin
                     outs[k] = v.w
                 else:
@@ -115,25 +121,51 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Se
     return [values[unchanged[k]] if k in unchanged else v for k, v in enumerate(outs)]
 
 
+def _filled(node: Node, spec: Sequence[Any]) -> Any:
+    """The node without windows on sharded dims: a window of the whole is none of a block."""
+    for d, axes in enumerate(spec[: len(node.shape)]):
+        if axes is not None:
+            node = node.filled(d)
+    return node
+
+
+def _typed(leaf: Any, spec: P, mesh: Any) -> Any:
+    """A leaf, typed as the spec says if the mesh's axes are explicit: factors need not be."""
+    explicit = AxisType.Explicit in mesh.axis_types
+    if not explicit or _same(_compat.explicit_spec(leaf), tuple(spec)):
+        return leaf
+    return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two PartitionSpecs shard alike: dims that are not named are not sharded."""
+    n = max(len(one), len(other))
+    first, second = ((*spec, *[None] * (n - len(spec))) for spec in (one, other))
+    return first == second
+
+
 @rule("all_gather")
 def _all_gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     (node,) = values
     params = eqn.params
-    if params["tiled"] and not node.uniform:
-        raise Unfactorable("its factors may not be the same on all devices")
-    move = _moves.all_gather(
-        len(node.shape),
-        params["all_gather_dimension"],
-        params["axis_name"],
-        params["axis_index_groups"],
-        params["tiled"],
-    )
+    axis, names = params["all_gather_dimension"], params["axis_name"]
+    names = names if isinstance(names, tuple) else (names,)
+    if params["tiled"] and not node.same_over(names, axis):
+        raise Unfactorable("its devices may hold other factors along the dims that stay")
+    groups = params["axis_index_groups"]
+    move = _moves.all_gather(len(node.shape), axis, names, groups, params["tiled"])
     (w,) = _compat.bind(eqn, [node.w])
     return [node.moved(move, w)]
 
 
-@rule("pvary", "pcast", "ppermute")
-def _leaf_by_leaf(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+@rule("ppermute")
+def _ppermute(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+    node = values[0].varying().replace()
+    moved = [_compat.bind(eqn, [x])[0] for x in jax.tree.leaves(node)]
+    return [node.either([node], moved)]
+
+
+@rule("pvary", "pcast")
+def _pvary(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     (node,) = values
-    leaves, treedef = jax.tree.flatten(node.replace())
-    return [jax.tree.unflatten(treedef, [_compat.bind(eqn, [x])[0] for x in leaves])]
+    return [node.replace(w=_compat.bind(eqn, [node.w])[0]).varying()]

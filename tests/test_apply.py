@@ -419,3 +419,25 @@ def test_unit_sizes(shape):
 def test_empty_batch():
     lora, x = adapted(), jnp.ones((0, 4))
     assert jaxlora.lora_apply(model)(lora, x).shape == (0, 6)
+
+
+def test_empty_images():
+    lora = adapted((3, 3, 2, 5), roles={"w": "iiio"})
+    fn = lambda p, x: jax.lax.conv_general_dilated(
+        x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    assert jaxlora.lora_apply(fn)(lora, jnp.ones((0, 4, 4, 2))).shape == (0, 4, 4, 5)
+
+
+@pytest.mark.parametrize("factor", [lambda w: w * 0.1, lambda w: w / 3, lambda w: w * w.shape[0]])
+def test_factors_keep_float64(factor):
+    with jax.enable_x64(True):
+        lora = adapted((4, 6))  # its a, b and scale are float32, as the config has them
+        node = lora["w"]
+        lora["w"] = LoraWeight(
+            w=node.w.astype(jnp.float64), a=node.a, b=node.b, scale=node.scale, roles="io"
+        )
+        x = jax.random.normal(KEY, (5, 4), jnp.float64)
+        fn = lambda p, x: x @ factor(p["w"]) * jnp.linspace(0.1, 0.7, 6)
+        got = jaxlora.lora_apply(fn)(lora, x)
+        np.testing.assert_allclose(got, fn(jaxlora.merge(lora), x), rtol=1e-12)

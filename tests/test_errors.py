@@ -390,3 +390,15 @@ def test_one_head_of_a_kernel_is_no_row():
     assert "heads/kernel: the primitive `sin`" in text
     column = lambda p: jnp.sin(p["heads"]["kernel"][:, 0, 1])
     assert jaxlora.lora_apply(column)(lora).shape == (4,)
+
+
+def test_the_path_is_the_weights_own_though_inner_jits_share_a_trace():
+    turned = jax.jit(lambda w: w.T)
+    fn = lambda p, x: (x @ turned(p["u"]), jnp.sin(turned(p["v"])))
+    params = {"u": jnp.ones((4, 6)), "v": jnp.ones((4, 6))}
+    lora = jaxlora.init(
+        KEY, params, LoraConfig(targets=["u", "v"], roles={"u": "io", "v": "io"}, rank=2)
+    )
+    text = message(MaterializeError, lambda: jaxlora.lora_apply(fn)(lora, jnp.ones((5, 6))))
+    assert text.startswith("v: the primitive `sin`")
+    assert "exclude=['v']" in text

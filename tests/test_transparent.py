@@ -189,6 +189,15 @@ def test_donations_of_inner_jits_are_kept_but_not_of_weights():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(lora))
 
 
+@pytest.mark.parametrize("inline", [False, *getattr(jax, "Inline", ())])
+def test_inlining_of_inner_jits_is_kept(inline):
+    inner = jax.jit(lambda p, x: x @ p["w"], inline=inline)
+    lora, x = adapted(), jnp.ones((5, 4))
+    plain = inner_jits(inner, jaxlora.base_params(lora), x)
+    ours = inner_jits(jaxlora.lora_apply(inner, jit=False), lora, x)
+    assert [e.params["inline"] for e in ours] == [e.params["inline"] for e in plain]
+
+
 def test_out_shardings_of_an_inner_jit_are_kept():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, P("data"))
@@ -198,65 +207,6 @@ def test_out_shardings_of_an_inner_jit_are_kept():
         got = jaxlora.lora_apply(inner, jit=jit)(lora, x)
         assert got.sharding.is_equivalent_to(sharding, 2)
         assert_close(got, inner(jaxlora.merge(lora), x))
-
-
-# --- Explicitly sharded types ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("x_spec", "w_spec", "out"),
-    [
-        (P("data", None), P(None, None), None),
-        (P("data", None), P(None, "model"), None),
-        (P("data", "model"), P("model", None), P("data", None)),
-        (P(None, ("data", "model")), P(("data", "model"), None), P(None, None)),
-        (P("data", "model"), P("model", None), P("data", "model")),
-    ],
-)
-@pytest.mark.parametrize("alike", [False, True])
-def test_explicit_meshes(x_spec, w_spec, out, alike):
-    """The types of JAX's explicit sharding: results typed as without adapters."""
-    mesh = jax.make_mesh((2, 2), ("data", "model"))
-    with jax.set_mesh(mesh):
-        lora, x = adapted((8, 4)), jax.random.normal(KEY, (4, 8))
-        place = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))
-        node = lora["w"]
-        rows, columns = w_spec
-        parts = {"w": place(node.w, rows, columns), "a": node.a, "b": node.b}
-        if alike:  # a and b sharded as w is
-            parts |= {"a": place(node.a, rows, None), "b": place(node.b, None, columns)}
-        lora = {"w": jaxlora.LoraWeight(**parts, scale=node.scale, roles="io")}
-        x = place(x, *x_spec)
-        fn = lambda p, x: jnp.einsum("bi,io->bo", x, p["w"], out_sharding=out)
-        got, expected = jaxlora.lora_apply(fn)(lora, x), fn(jaxlora.merge(lora), x)
-        assert_close(got, expected)
-        assert jax.typeof(got) == jax.typeof(expected)
-
-        trainable, frozen = jaxlora.partition(lora)
-        loss = lambda apply, p: jnp.sum(jnp.sin(apply(p, x)))
-        got = jax.jit(jax.grad(lambda t: loss(jaxlora.lora_apply(fn), jaxlora.combine(t, frozen))))(
-            trainable
-        )
-        expected = jax.jit(jax.grad(lambda t: loss(fn, jaxlora.merge(jaxlora.combine(t, frozen)))))(
-            trainable
-        )
-        assert_close(got, expected, 4)
-
-
-def test_a_weight_that_is_resharded():
-    mesh = jax.make_mesh((4,), ("data",))
-    with jax.set_mesh(mesh):
-        lora = adapted((8, 4))
-        put = lambda v: jax.device_put(v, NamedSharding(mesh, P("data", None)))
-        node = lora["w"]
-        lora = {
-            "w": jaxlora.LoraWeight(w=put(node.w), a=put(node.a), b=node.b, scale=1, roles="io")
-        }
-        x = put(jax.random.normal(KEY, (4, 8)))
-        fn = lambda p, x: x @ jax.sharding.reshard(p["w"], P(None, None))
-        got, expected = jaxlora.lora_apply(fn)(lora, x), fn(jaxlora.merge(lora), x)
-        assert_close(got, expected)
-        assert jax.typeof(got) == jax.typeof(expected)
 
 
 # --- Export ---------------------------------------------------------------------------------------

@@ -360,3 +360,22 @@ def test_paths_leave_boxes_out_by_type():
     }
     paths = [path for path, _ in flatten_with_paths(tree)[0]]
     assert paths == ["boxed", "list/0", "list/1/0", "value/kernel", "variable/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("einsum", "shape", "roles"),
+    [
+        ("bij,ij->b", (5, 1), "io"),
+        ("bij,ij->b", (1, 5), "oi"),
+        ("bij,ij->b", (1, 1), "io"),
+        ("bi,io->bo", (1, 5), "io"),
+        ("bi,io->bo", (5, 1), "io"),
+        ("bo,io->bi", (1, 5), "oi"),
+    ],
+)
+def test_roles_of_unit_dims(einsum, shape, roles):
+    """A weight needs both sides: a dim of size one takes the one that is missing."""
+    sizes = dict(zip("bij" if "j" in einsum else "bio", (3, *shape), strict=True))
+    x = jnp.ones([sizes[d] for d in einsum.split(",")[0]])
+    fn = lambda p, x: jnp.einsum(einsum, x, p["w"])
+    assert jaxlora.trace_roles(fn, {"w": jnp.ones(shape)}, x)["w"] == roles

@@ -83,6 +83,28 @@ def conv_depthwise_multiplied():
     return plain(conv(feature_group_count=4), {"w": (3, 3, 1, 12)}, (1, 3, 2, 4))
 
 
+@case({"w": "io"})
+def conv_depthwise_of_a_matrix():
+    """A causal convolution of each channel by itself (Mamba): the kernel is (window, channels)."""
+    numbers = ("NWC", "WIO", "NWC")
+
+    def fn(p, x):
+        w = p["w"][:, None, :]
+        return lax.conv_general_dilated(
+            x, w, (1,), [(3, 0)], dimension_numbers=numbers, feature_group_count=7
+        )
+
+    return plain(fn, {"w": (4, 7)}, (1, 3, 7))
+
+
+@case({"w": "io"})
+def conv_of_a_flat_kernel():
+    """A patch embedding: windows and channels are one dim of the weight."""
+    return plain(
+        lambda p, x: conv()({"w": p["w"].reshape(3, 2, 3, 5)}, x), {"w": (18, 5)}, (1, 4, 3, 3)
+    )
+
+
 @case({"w": "iiio"})
 def conv_pointwise():
     return plain(conv(), {"w": (1, 1, 7, 11)}, (1, 2, 3, 7))

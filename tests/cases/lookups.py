@@ -88,6 +88,12 @@ def layers_by_dynamic_index():
 
 
 @case({"w": "sio"})
+def layers_by_small_integers():
+    fn = lambda p, x, k: jnp.tanh(x @ lax.dynamic_index_in_dim(p["w"], k, keepdims=False))
+    return plain(fn, {"w": (3, 11, 13)}, (5, 11), jnp.uint8(1))
+
+
+@case({"w": "sio"})
 def layers_by_static_index():
     def fn(p, x):
         for k in range(3):

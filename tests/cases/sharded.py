@@ -14,6 +14,7 @@ MESH = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 DATA = P("data")
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def sharded(fn, in_specs, out_specs=DATA, **options):
@@ -93,6 +94,55 @@ def shard_map_ring():
     return plain(fn, {"w": (2, 7, 13)}, (6, 7))
 
 
+@case({"w": "io"})
+def shard_map_ring_of_rows():
+    """Each device meets its part of the input with each part of the weight in turn."""
+
+    def layer(p, x):
+        def step(k, state):
+            w, h = state
+            part = lax.dynamic_slice_in_dim(x, 6 * ((lax.axis_index("model") + k) % 2), 6, 1)
+            return lax.ppermute(w, "model", [(1, 0), (0, 1)]), h + part @ w
+
+        start = lax.pcast(jnp.zeros((x.shape[0], 7)), ("data", "model"), to="varying")
+        return jnp.tanh(lax.fori_loop(0, 2, step, (p["w"], start))[1])
+
+    fn = sharded(layer, (P("model"), P("data")), P("data", "model"))
+    return plain(fn, {"w": (12, 7)}, (4, 12))
+
+
+@case({"w": "iiio"})
+def shard_map_convolution():
+    """Each device has some of the output channels."""
+
+    def layer(p, x):
+        return jnp.tanh(lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=NHWC))
+
+    fn = sharded(layer, ({"w": P(None, None, None, "model")}, DATA), P("data", None, None, "model"))
+    return plain(fn, {"w": (3, 3, 2, 6)}, (2, 2, 3, 2))
+
+
+@case({"w": "sio"})
+def shard_map_ragged():
+    def layer(p, x):
+        return lax.ragged_dot(x, p["w"], jnp.array([1, 0, 1]))
+
+    fn = sharded(layer, ({"w": P(None, None, "model")}, DATA), P("data", "model"))
+    return plain(fn, {"w": (3, 5, 8)}, (4, 5))
+
+
+@case({"w": "io"})
+def shard_map_branches():
+    """A device chooses how to use its block."""
+
+    def layer(p, x):
+        w = lax.cond(lax.axis_index("model") == 0, lambda w: w, lambda w: 2 * w, p["w"])
+        return jnp.tanh(x @ w)
+
+    fn = sharded(layer, (P(None, "model"), DATA), P("data", "model"))
+    return plain(fn, {"w": (11, 14)}, (6, 11))
+
+
 @case({"w": "sio"})
 def shard_map_in_scan():
     layer = sharded(
@@ -150,6 +200,15 @@ def pmap_inside():
         {"w": (11, 13)},
         (2, 3, 11),
     )
+
+
+@case({"q": "io", "k": "io"})
+def joined_weights_put_on_devices():
+    def fn(p, x):
+        w = jnp.concatenate([p["q"], p["k"]], axis=1)
+        return jnp.tanh(x @ jax.device_put(w, NamedSharding(MESH, P(None, "model"))))
+
+    return plain(fn, {"q": (11, 5), "k": (11, 3)}, (4, 11))
 
 
 @case({"w": "io"})

@@ -197,6 +197,14 @@ def scaled_by_literals_and_arrays():
 
 
 @case({"w": "io"})
+def tiled_and_summed_over_a_unit_dim():
+    def fn(p, x):
+        return jnp.einsum("td,adf->tf", x, p["w"][None]) + x @ jnp.tile(p["w"], (1, 2))[:, :13]
+
+    return plain(fn, {"w": (11, 13)}, (5, 11))
+
+
+@case({"w": "io"})
 def cast_and_rounded():
     def fn(p, x):
         w = lax.reduce_precision(p["w"], 8, 20).astype(jnp.float32)
