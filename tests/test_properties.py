@@ -21,10 +21,17 @@ ROUNDED = {"mixed_precision": 1000, "conv_mixed_precision": 1000, "linen_dense_b
 
 merge = jax.jit(jaxlora.merge)  # one program a case, not one for each operation
 
-everywhere = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-differentiable = pytest.mark.parametrize(
-    "case", [c for c in CASES.values() if c.name not in NOT_DIFFERENTIABLE], ids=lambda c: c.name
-)
+
+def over(cases):
+    """All properties of a case run in one worker, which makes and compiles it once."""
+    marks = {c.name: pytest.mark.xdist_group(c.name) for c in cases}
+    return pytest.mark.parametrize(
+        "case", [pytest.param(c, id=c.name, marks=marks[c.name]) for c in cases]
+    )
+
+
+everywhere = over(CASES.values())
+differentiable = over([c for c in CASES.values() if c.name not in NOT_DIFFERENTIABLE])
 
 
 def scalar(out) -> jax.Array:
@@ -49,14 +56,9 @@ def test_roles_are_traced(case: Case):
 @everywhere
 def test_forward(case: Case):
     """Starts at the base; factored is merged; compiled once; eager, jitted and warm agree."""
-    traces = []
-
-    def counted(*args):
-        traces.append(1)
-        return case.fn(*args)
-
     lora, args = case.lora()
-    plain, apply = jax.jit(case.fn), jaxlora.lora_apply(counted)
+    plain, apply = jax.jit(case.fn), case.apply
+    case.traces.clear()
     factor = ROUNDED.get(case.name, 1)
     base = plain(jaxlora.base_params(lora), *args)
     assert_close(apply(lora, *args), base)
@@ -65,7 +67,7 @@ def test_forward(case: Case):
     got = apply(lora, *args)
     assert_close(got, plain(merge(lora), *args), factor)
     assert_same(apply(lora, *args), got)
-    assert len(traces) == 1
+    assert len(case.traces) <= 1
     assert_close(jaxlora.lora_apply(case.fn, jit=False)(lora, *args), got, factor)
     if case.name != "while_decode":  # its tokens may agree
         assert any(
@@ -80,7 +82,7 @@ def test_gradients(case: Case):
     lora, args = case.lora()
     lora = randomized(lora)
     trainable, frozen = jaxlora.partition(lora)
-    apply = jaxlora.lora_apply(case.fn)
+    apply = case.apply
 
     def merged(trainable):
         return scalar(case.fn(jaxlora.merge(jaxlora.combine(trainable, frozen)), *args))
@@ -102,7 +104,7 @@ def test_gradients(case: Case):
 def test_never_forms_the_weight(case: Case):
     lora, args = case.lora()
     trainable, frozen = jaxlora.partition(randomized(lora))
-    apply = jaxlora.lora_apply(case.fn)
+    apply = case.apply
 
     def loss(trainable):
         return scalar(apply(jaxlora.combine(trainable, frozen), *args))
@@ -124,7 +126,7 @@ def test_vmap_over_adapters_is_a_loop(case: Case):
     halves = [jaxlora.partition(randomized(lora, seed)) for seed in (1, 2)]
     frozen = halves[0][1]
     stacked = jax.tree.map(lambda *xs: np.stack(xs), *(trainable for trainable, _ in halves))
-    apply = jaxlora.lora_apply(case.fn)
+    apply = case.apply
 
     def one(trainable):
         return apply(jaxlora.combine(trainable, frozen), *args)

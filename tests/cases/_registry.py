@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxlora
 
@@ -29,6 +30,17 @@ class Case:
     make: Callable[[jax.Array], tuple[Any, tuple[Any, ...]]]
     roles: Mapping[str, str]
     declared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    traces: list[int] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def apply(self) -> Callable[..., Any]:
+        """`fn` on lora trees; what is compiled serves every property. Its traces are counted."""
+
+        def counted(*args: Any) -> Any:
+            self.traces.append(1)
+            return self.fn(*args)
+
+        return jaxlora.lora_apply(counted)
 
     @functools.cache  # noqa: B019  (cases live as long as the tests)
     def lora(self) -> tuple[Any, tuple[Any, ...]]:
@@ -43,9 +55,25 @@ class Case:
         params, args = self.make(jax.random.key(0))
         if dtype is not None:
             params, args = cast((params, args), dtype)
-        config = jaxlora.LoraConfig(rank=2, alpha=3, targets=list(self.roles), roles=self.declared)
+        config = jaxlora.LoraConfig(
+            rank=2,
+            alpha=3,
+            targets=list(self.roles),
+            roles=self.declared,
+            initializer=_zero,  # the properties put numbers in
+        )
         roles = jaxlora.trace_roles(self.fn, params, *args)
         return jaxlora.init(jax.random.key(1), params, config, roles=roles), args
+
+
+def _zero(key: jax.Array, w: Any, *, roles: str, rank: int, scale: float, dtype: Any) -> Any:
+    size = lambda letters: [n for n, role in zip(w.shape, roles, strict=True) if role in letters]
+    stacked, inputs, outputs = map(size, "sio")
+    return (
+        w,
+        jnp.zeros((*stacked, *inputs, rank), dtype),
+        jnp.zeros((*stacked, rank, *outputs), dtype),
+    )
 
 
 def cast(tree: Any, dtype: Any) -> Any:
@@ -71,10 +99,10 @@ def plain(fn: Callable[..., Any], shapes: Mapping[str, tuple[int, ...]], *args: 
     """A plain function of a dict of weights; args are shapes, or arrays."""
 
     def make(key: jax.Array) -> tuple[Any, tuple[Any, ...]]:
-        keys = iter(jax.random.split(key, len(shapes) + len(args)))
-        params = {name: jax.random.normal(next(keys), shape) / 4 for name, shape in shapes.items()}
-        arrays = (jax.random.normal(next(keys), a) if isinstance(a, tuple) else a for a in args)
-        return params, tuple(arrays)
+        rng = np.random.default_rng(0)  # nothing to compile
+        normal = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        params = {name: normal(shape) / 4 for name, shape in shapes.items()}
+        return params, tuple(normal(a) if isinstance(a, tuple) else a for a in args)
 
     return fn, make
 
