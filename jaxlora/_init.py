@@ -154,7 +154,14 @@ def _select(
     for name in names:
         found = {path for path, leaf in leaves.items() if matches_name(path, leaf, name)}
         if not found:
-            raise _no_match(field, name, leaves)
+            vectors = [path for path, leaf in leaves.items() if _below(path, leaf, name)]
+            if field == "targets" and vectors:
+                raise TargetError(
+                    f"targets: {name!r} matches only leaves that no adapter fits, expected weights "
+                    f"of two or more dimensions:{_paths.listing(vectors)}\n"
+                    f"To train them in full: LoraConfig(train=[{name!r}])."
+                )
+            raise _no_match(field, name, leaves, "names")
         selected |= found
     return selected
 
@@ -237,14 +244,16 @@ def _biases(config: LoraConfig, leaves: Mapping[str, Any], targets: list[str]) -
     return biases
 
 
-def _no_match(field: str, pattern: str, paths: Iterable[str]) -> TargetError:
+def _no_match(field: str, pattern: str, paths: Iterable[str], kind: str = "") -> TargetError:
     paths = list(paths)
     shape = {
         "exclude": "the path of a leaf or the name of a module",
         "train": "the path of a leaf or the name of a module",
         "bias": "a leaf called `bias` or `b`",
     }.get(field, "the path of a weight, its trailing segments, or a regex of the whole path")
-    if field == "targets":
+    if field == "targets" and kind == "names":
+        shape = "the name of a module or of a weight: whole segments of a path, no wildcards"
+    elif field == "targets":
         shape += ' (for a module\'s name, a list: targets=["query"])'
     return TargetError(
         f"{field}: {pattern!r} matches nothing, expected {shape}. "

@@ -65,7 +65,7 @@ def test_what_matches_nothing_raises(config, words):
         ({"targets": ["norm/scale"]}, ["layer_0/norm/scale", "(4,)", "LoraConfig(train="]),
         ({"targets": ["query/bias"]}, ["layer_0/query/bias", "(6,)", "two or more dimensions"]),
         ({"targets": ".*query.*"}, ["layer_0/query/bias", "two or more dimensions"]),
-        ({"targets": ["norm"]}, ["targets: 'norm' matches nothing"]),
+        ({"targets": ["norm"]}, ["targets: 'norm' matches only leaves", "train=['norm']"]),
         ({"targets": ["table"], "roles": {"table": "io"}}, ["table", "int32", "floating-point"]),
         ({"targets": ["head"], "train": ["head"]}, ["head/kernel", "`targets` and by `train`"]),
         ({"targets": "*query"}, ["targets: got '*query'", "expected a regex"]),
