@@ -222,8 +222,8 @@ def trace_roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
 
     `fn` is traced abstractly: no FLOPs, no memory. Dims that a matmul contracts are inputs (`i`),
     those that it leaves are outputs (`o`), those that are scanned over, batched, or indexed before
-    a matmul are stacked (`s`); an embedding is looked up along `i`. A use over all outputs (`w.T`,
-    a tied head) agrees with its transpose.
+    a matmul are stacked (`s`); an embedding is looked up along `i`, the window of a convolution is
+    `i`. A use over all outputs (`w.T`, a tied head) agrees with its transpose.
 
     Args:
       fn: the function whose weights are to be adapted.

@@ -3,7 +3,7 @@
 A rule is a function (interpreter, equation, values) -> outputs, entered in `RULES` under the
 primitive's name. A primitive that has none gets the materialized weight, if the caller allows it.
 Structural rules only describe a `Move`; the weight carries it out. The rules of higher-order
-primitives are in `_control_flow.py`.
+primitives are in `_control_flow.py`, those of programs on several devices in `_sharded.py`.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ class LoraWeight:
       scale: alpha / rank, or alpha / sqrt(rank): float32, (stacked...).
       roles: one letter for each dimension of w: `s` stacked (layers, experts: a matrix of its own
         for each index), `i` input, `o` output. A Dense kernel is "io", an attention query kernel
-        (embed, heads, head_dim) "ioo", a scanned Dense kernel (layers, in, out) "sio".
+        (embed, heads, head_dim) "ioo", a scanned Dense kernel (layers, in, out) "sio", a
+        convolution kernel (height, width, in, out) "iiio".
 
     Raises:
       RolesError: the roles are not one of `s`, `i`, `o` for each dimension of w.
