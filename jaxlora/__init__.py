@@ -15,6 +15,7 @@ from jaxlora._tree import (
     partition,
     summary,
     trainable_mask,
+    with_dropout,
     with_scale,
 )
 from jaxlora._weight import FullWeight, LoraWeight, delta
@@ -45,5 +46,6 @@ __all__ = [
     "summary",
     "trace_roles",
     "trainable_mask",
+    "with_dropout",
     "with_scale",
 ]

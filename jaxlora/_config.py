@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
+from jaxlora._weight import check_rate
 from jaxlora.initializers import Initializer, kaiming_uniform
 
 T = TypeVar("T")
@@ -41,12 +42,16 @@ class LoraConfig:
         everything below it ("classifier").
       bias: "none"; "all" trains every bias; "lora_only" those beside an adapted weight. A bias is a
         leaf called `bias` or `b`.
+      dora: give each adapter a magnitude for each output, which trains beside a and b.
+      dropout: the rate, in [0, 1), at which elements of the adapters' inputs are dropped once
+        `with_dropout(lora, key)` has given them a key.
       initializer: fills a and b; see `jaxlora.initializers`.
       dtype: of a and b.
       roles: {regex of the trailing segments of a path: roles}; wins over traced ones.
 
     Raises:
-      TargetError: a rank below 1, or an alpha that is not a positive number.
+      TargetError: a rank below 1, an alpha that is not a positive number, a dropout rate outside
+        of [0, 1).
 
     >>> LoraConfig(rank=8, alpha=16, targets=["query", "value"]).scale("encoder/query/kernel")
     2.0
@@ -54,6 +59,7 @@ class LoraConfig:
     References:
       Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1 (alpha / rank).
       Kalajdzievski 2023, rsLoRA, arXiv 2312.03732, section 3 (alpha / sqrt(rank)).
+      Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.
     """
 
     targets: _paths.Pattern
@@ -65,6 +71,8 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     train: _paths.Pattern | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
+    dora: bool = False
+    dropout: float = 0.0
     initializer: Initializer = kaiming_uniform
     dtype: Any = jnp.float32
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -100,6 +108,7 @@ class LoraConfig:
             raise TargetError(
                 f"LoraConfig: got bias {self.bias!r}, expected 'none', 'all' or 'lora_only'."
             )
+        check_rate(self.dropout, "LoraConfig")
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TargetError(
                 f"LoraConfig: got dtype {self.dtype}, expected a floating-point type."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,8 +12,16 @@ import jax.numpy as jnp
 from jaxlora import _paths
 from jaxlora._config import ALL_LINEAR, LoraConfig
 from jaxlora._errors import RolesError, TargetError
-from jaxlora._roles import OTHER, TracedRoles, agree, swapped
-from jaxlora._weight import FullWeight, LoraWeight, check_roles, is_node, split_shape
+from jaxlora._roles import LOOKUP, OTHER, TracedRoles, agree, swapped
+from jaxlora._weight import (
+    FullWeight,
+    LoraWeight,
+    check_roles,
+    is_node,
+    split_shape,
+    with_magnitude,
+)
+from jaxlora.initializers import Target
 
 _IO_NAMES = ("kernel", "embedding")  # Flax's own names for (in, out) matrices
 _BIAS_NAMES = ("bias", "b")
@@ -95,22 +102,35 @@ def init(
             return FullWeight(w=leaf, value=jnp.array(leaf))  # a copy: both can be donated
         if path not in adapted:
             return leaf
-        rank, scale = config.rank_of(path), config.scale(path)
-        path_roles = adapted[path]
-        w, a, b = config.initializer(
-            _key_of(key, path), leaf, roles=path_roles, rank=rank, scale=scale, dtype=config.dtype
+        target = Target(
+            path=path,
+            roles=adapted[path],
+            rank=config.rank_of(path),
+            scale=config.scale(path),
+            dtype=config.dtype,
+            lookup=_is_looked_up(path, roles),
         )
-        stacked, _, _ = split_shape(w.shape, path_roles)
-        scales = jnp.full(stacked, scale, jnp.float32)
-        return LoraWeight(w=w, a=a, b=b, scale=scales, roles=path_roles)
+        w, a, b = config.initializer(_paths.key_of(key, path), leaf, target)
+        stacked, _, _ = split_shape(w.shape, target.roles)
+        lw = LoraWeight(
+            w=w,
+            a=a,
+            b=b,
+            scale=jnp.full(stacked, target.scale, jnp.float32),
+            roles=target.roles,
+            dropout=config.dropout,
+        )
+        return with_magnitude(lw, path) if config.dora else lw
 
     adapted = {path: _roles_of(path, leaves[path], config, roles) for path in targets}
     return jax.tree.unflatten(treedef, [place(path, leaf) for path, leaf in pairs])
 
 
-def _key_of(key: jax.Array, path: str) -> jax.Array:
-    digest = hashlib.sha256(_paths.short(path).encode()).digest()
-    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
+def _is_looked_up(path: str, roles: Mapping[str, str] | None) -> bool:
+    """Whether the model looks rows of a weight up; untraced, whether it has an embedding's name."""
+    if isinstance(roles, TracedRoles):
+        return any(use.kind == LOOKUP for use in _lookup(roles.uses, path) or ())
+    return _paths.leaf_name(path) == "embedding"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -84,6 +85,12 @@ def short(path: str) -> str:
     ('dense/kernel', 'dense/kernel')
     """
     return path.removeprefix("params/")
+
+
+def key_of(key: jax.Array, path: str) -> jax.Array:
+    """A random key of the path's own: other paths, whether there or not, change none."""
+    digest = hashlib.sha256(short(path).encode()).digest()
+    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
 
 
 def leaf_name(path: str) -> str:

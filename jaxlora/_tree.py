@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
-from jaxlora._weight import FullWeight, LoraWeight, delta, is_node
+from jaxlora._weight import FullWeight, LoraWeight, check_rate, delta, is_node
 
 
 def _map_nodes(f: Callable[[str, Any], Any], lora: Any) -> Any:
@@ -67,6 +67,9 @@ def base_params(lora: Any) -> Any:
 def with_scale(lora: Any, scale: Any) -> Any:
     """The same adapters at another strength: 0 is the base, alpha / rank what was trained.
 
+    A DoRA weight keeps its magnitude: at scale 0 it is W with the columns' norms changed. For the
+    base take `base_params(lora)`.
+
     Args:
       lora: the tree.
       scale: a number or a scalar array; traced too, so that strengths can be swept with vmap.
@@ -87,8 +90,77 @@ def with_scale(lora: Any, scale: Any) -> Any:
     return _map_nodes(scaled, lora)
 
 
+def with_dropout(lora: Any, key: jax.Array | None, rate: float | None = None) -> Any:
+    r"""The same tree with a random key in each adapter, so that the next call drops.
+
+    Where a weight then meets an activation x, its adapter sees
+
+        drop(x) = x * keep / (1 - rate),    keep ~ Bernoulli(1 - rate), elementwise,
+
+    in y = x W + ((drop(x) a) * scale) b. Each adapter, each layer of a stack, each use of a weight
+    and each step of a loop draws a mask of its own; equal keys give equal masks, under jit, scan,
+    remat and vmap too. Looked-up rows (embeddings) and matmuls with the transposed weight (a tied
+    head) drop nothing. With DoRA,
+
+        y = x W + (m / n - 1) (drop(x) W) + (m / n) ((drop(x) a) * scale) b.
+
+    Call it within the loss, on the whole tree, with a new key each step; leave it out to evaluate.
+    In a shard_map of the model, shards of an activation draw their own masks if it is typed as
+    varying (`check_vma=True`, the default).
+
+    Args:
+      lora: the tree.
+      key: a key, new or old style; None takes the keys out again.
+      rate: which part to drop, in [0, 1), for all adapters; None: `LoraConfig.dropout`. With rate 0
+        no key is attached: the path without dropout, exactly.
+
+    Raises:
+      TargetError: a rate outside of [0, 1); a key that is not a single one.
+
+    >>> from jaxlora import LoraConfig, init, lora_apply
+    >>> config = LoraConfig(rank=2, targets=["kernel"], dropout=0.5)
+    >>> lora = init(jax.random.key(0), {"kernel": jnp.ones((3, 4))}, config)
+    >>> apply = lora_apply(lambda params, x: x @ params["kernel"])
+    >>> apply(with_dropout(lora, jax.random.key(1)), jnp.ones((5, 3))).shape
+    (5, 4)
+
+    References:
+      Srivastava et al. 2014, Dropout, JMLR 15, section 4, scaled at training time; PEFT's
+      `lora_dropout`.
+      Liu et al. 2024, DoRA, arXiv 2402.09353.
+    """
+    if rate is not None:
+        check_rate(rate, "with_dropout")
+    if key is not None:
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
+        if key.shape:
+            raise TargetError(
+                f"with_dropout: got keys of shape {key.shape}, expected a single key; for many "
+                "adapters, jax.vmap(jaxlora.with_dropout)(loras, keys)."
+            )
+
+    def keyed(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, LoraWeight):
+            return leaf
+        own = leaf.dropout if rate is None else float(rate)
+        if key is None or own == 0:
+            return dataclasses.replace(leaf, dropout_key=None, dropout=own)
+        mine = _paths.key_of(key, path)
+        stacked = leaf.scale.shape
+        keys = jax.random.split(mine, stacked) if stacked else mine
+        return dataclasses.replace(leaf, dropout_key=keys, dropout=own)
+
+    return _map_nodes(keyed, lora)
+
+
+_TRAIN = {LoraWeight: {"a", "b", "magnitude"}, FullWeight: {"value"}}
+
+
 def trainable_mask(lora: Any) -> Any:
-    """A tree of bools, True where something trains: `a`, `b` and the value of a `FullWeight`.
+    """A tree of bools, True where something trains.
+
+    That is `a`, `b` and the magnitude of a `LoraWeight`, and the value of a `FullWeight`.
 
     >>> from jaxlora import LoraConfig, init
     >>> params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
@@ -98,9 +170,9 @@ def trainable_mask(lora: Any) -> Any:
     """
 
     def mask(leaf: Any) -> Any:
-        trains = {"a", "b"} if isinstance(leaf, LoraWeight) else {"value"}
         if not is_node(leaf):
             return False
+        trains = _TRAIN[type(leaf)]
         return jax.tree_util.tree_map_with_path(lambda keys, _: keys[0].name in trains, leaf)
 
     return jax.tree.map(mask, lora, is_leaf=is_node)
@@ -192,7 +264,7 @@ class ParamCount(NamedTuple):
 
 def _count(leaf: Any) -> ParamCount:
     if isinstance(leaf, LoraWeight):
-        adapter = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
+        adapter = sum(math.prod(x.shape) for x in (leaf.a, leaf.b, leaf.magnitude) if x is not None)
         base = math.prod(leaf.shape)
         return ParamCount(adapter, base, base + adapter)
     # A module's functions and numbers (Equinox, a dict of settings) are no parameters.

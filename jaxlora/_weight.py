@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -43,13 +45,22 @@ def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...] = ()) ->
 class LoraWeight:
     r"""A base weight and its low-rank adapter: the value W + scale * sum_r a[..., r] b[r, ...].
 
-    Only `a` and `b` train; `w` and `scale` are frozen.
+    With a magnitude m (DoRA), the value is (m / n) * (W + scale * a b), where n is the norm of
+    W + scale * a b over the input dims, taken as a constant by the gradient.
+
+    Only `a`, `b` and `magnitude` train; all else is frozen.
 
     Attributes:
       w: the base weight, untouched; None in the trainable half of a partitioned tree.
       a: the input side, (stacked..., input..., rank).
       b: the output side, (stacked..., rank, output...).
       scale: alpha / rank, or alpha / sqrt(rank): float32, (stacked...).
+      magnitude: m, (stacked..., output...); None: plain LoRA.
+      squared_norm: ||W||^2 over the input dims, (stacked..., output...), kept so that a step need
+        not read W for it; computed here if it is not given. A new `w` needs a new one: None.
+      dropout_key: a key for each stacked element, (stacked...), from `with_dropout`; None: no
+        dropout.
+      dropout: the rate at which elements of the adapter's input are dropped, where there is a key.
       roles: one letter for each dimension of w: `s` stacked (layers, experts: a matrix of its own
         for each index), `i` input, `o` output. A Dense kernel is "io", an attention query kernel
         (embed, heads, head_dim) "ioo", a scanned Dense kernel (layers, in, out) "sio", a
@@ -57,7 +68,7 @@ class LoraWeight:
 
     Raises:
       RolesError: the roles are not one of `s`, `i`, `o` for each dimension of w.
-      TargetError: the shapes of w, a, b and scale do not fit.
+      TargetError: the shapes of the parts do not fit; a dropout rate outside of [0, 1).
 
     >>> w = LoraWeight(w=jnp.ones((3, 4)), a=jnp.ones((3, 2)), b=jnp.ones((2, 4)),
     ...                scale=jnp.float32(0.5), roles="io")
@@ -67,6 +78,8 @@ class LoraWeight:
     References:
       Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
       section 4.1.
+      Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353, section 4.1
+      and, for the norm as a constant, 4.3.
     """
 
     w: Any
@@ -74,11 +87,17 @@ class LoraWeight:
     b: Any
     scale: Any
     roles: str
+    magnitude: Any = None
+    squared_norm: Any = None
+    dropout_key: Any = None
+    dropout: float = 0.0
 
     def __post_init__(self):
         if isinstance(self.scale, int | float):
             object.__setattr__(self, "scale", jnp.float32(self.scale))
         self.check()
+        if self.magnitude is not None and self.squared_norm is None:
+            object.__setattr__(self, "squared_norm", _squared_norm(self.w, self.roles))
 
     def check(self, path: str = "this weight") -> None:
         """Raises if the parts do not fit each other; `path` is named in the message."""
@@ -91,17 +110,22 @@ class LoraWeight:
         check_roles(self.roles, self.w.shape, path)
         stacked, inputs, outputs = split_shape(self.w.shape, self.roles)
         rank = self.a.shape[-1] if self.a.ndim else 0
-        for name, array, expected in (
-            ("a", self.a, (*stacked, *inputs, rank)),
-            ("b", self.b, (*stacked, rank, *outputs)),
-            ("scale", self.scale, stacked),
+        for name, expected in (
+            ("a", (*stacked, *inputs, rank)),
+            ("b", (*stacked, rank, *outputs)),
+            ("scale", stacked),
+            ("magnitude", (*stacked, *outputs)),
+            ("squared_norm", (*stacked, *outputs)),
+            ("dropout_key", stacked),
         ):
-            if tuple(array.shape) != expected:
+            array = getattr(self, name)
+            if array is not None and tuple(array.shape) != expected:
                 raise TargetError(
                     f"{path}: got {name} of shape {tuple(array.shape)}, expected {expected} for w "
                     f"of shape {tuple(self.w.shape)}, roles {self.roles!r} and rank {rank}. Is the "
                     "adapter another model's? Make one for these params with jaxlora.init."
                 )
+        check_rate(self.dropout, path)
 
     @property
     def rank(self) -> int:
@@ -167,15 +191,19 @@ class FullWeight:
         return len(self.w.shape)
 
 
-_register(LoraWeight, ("w", "a", "b", "scale"), ("roles",))
+_register(
+    LoraWeight,
+    ("w", "a", "b", "scale", "magnitude", "squared_norm", "dropout_key"),
+    ("roles", "dropout"),
+)
 _register(FullWeight, ("w", "value"))
 
 # An exported function keeps its `lora` argument's structure when it is serialized.
 jax.export.register_pytree_node_serialization(
     LoraWeight,
     serialized_name="jaxlora.LoraWeight",
-    serialize_auxdata=lambda aux: aux[0].encode(),
-    deserialize_auxdata=lambda data: (bytes(data).decode(),),
+    serialize_auxdata=lambda aux: json.dumps(aux).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(bytes(data))),
 )
 jax.export.register_pytree_node_serialization(
     FullWeight,
@@ -204,6 +232,15 @@ def check_roles(roles: Any, shape: tuple[int, ...], path: str) -> None:
         raise RolesError(f"{path}: got roles {roles!r}, expected at least one i and one o. {hint}")
 
 
+def check_rate(rate: Any, path: str) -> None:
+    """Raises a TargetError unless `rate` is a dropout rate."""
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
+        raise TargetError(
+            f"{path}: got a dropout rate of {rate!r}, expected a number in [0, 1): the part of the "
+            "adapter's input that is dropped, for instance 0.1."
+        )
+
+
 def split_shape(
     shape: tuple[int, ...], roles: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -226,7 +263,9 @@ def widened(dtype: Any) -> Any:
 
 
 def delta(lw: LoraWeight) -> jax.Array:
-    r"""The adapter as an array of W's shape: scale * sum_r a[..., r] b[r, ...].
+    r"""What the adapter adds to W, as an array of W's shape: scale * sum_r a[..., r] b[r, ...].
+
+    With a magnitude m (DoRA), (m / n) * (W + scale * a b) - W, n the norm over the input dims.
 
     Computed in float32 (float64 for float64 parts) at the highest precision, whatever the dtypes
     of a and b. `lora_apply` never calls this; `merge` does.
@@ -239,6 +278,7 @@ def delta(lw: LoraWeight) -> jax.Array:
 
     References:
       Hu et al. 2021, arXiv 2106.09685, section 4.1.
+      Liu et al. 2024, DoRA, arXiv 2402.09353, equation 5.
     """
     stacked, inputs, outputs = split_shape(lw.shape, lw.roles)
     dtype = jnp.result_type(*(widened(x.dtype) for x in (lw.w, lw.a, lw.b)))
@@ -248,4 +288,84 @@ def delta(lw: LoraWeight) -> jax.Array:
     product = product.reshape(*stacked, *inputs, *outputs)
     product = product * lw.scale.astype(dtype).reshape(*stacked, *(1,) * len(inputs + outputs))
     order = sorted(range(lw.ndim), key=lambda d: ROLE_LETTERS.index(lw.roles[d]))
-    return jnp.transpose(product, [order.index(d) for d in range(lw.ndim)])
+    product = jnp.transpose(product, [order.index(d) for d in range(lw.ndim)])
+    if lw.magnitude is None:
+        return product
+    kept = [n if role != "i" else 1 for n, role in zip(lw.shape, lw.roles, strict=True)]
+    ranks = [d for d in order if lw.roles[d] != "i"]  # the dims of w along the excess' axes
+    more = jnp.transpose(excess(lw).astype(dtype), [ranks.index(d) for d in sorted(ranks)])
+    return product + more.reshape(kept) * (jnp.asarray(lw.w).astype(dtype) + product)
+
+
+# --------------------------------------------------------------------------------------------------
+# DoRA
+
+
+def _letters(roles: str) -> tuple[str, str, str, str]:
+    """An einsum's letters of w, and of its stacked, input and output dims."""
+    w = "".join(chr(ord("a") + d) for d in range(len(roles)))
+    stacked, inputs, outputs = (
+        "".join(x for x, role in zip(w, roles, strict=True) if role == letter)
+        for letter in ROLE_LETTERS
+    )
+    return w, stacked, inputs, outputs
+
+
+def _squared_norm(w: Any, roles: str) -> jax.Array:
+    """||W||^2 over the input dims, in float32 or wider: (stacked..., output...)."""
+    letters, stacked, _, outputs = _letters(roles)
+    squares = jnp.square(jnp.asarray(w).astype(widened(w.dtype)))
+    return jnp.einsum(f"{letters}->{stacked}{outputs}", squares)
+
+
+def column_norm(lw: LoraWeight) -> jax.Array:
+    r"""n = ||W + scale * a b|| over the input dims, as a constant: (stacked..., output...).
+
+    n^2 = ||W||^2 + 2 scale <W, a b> + scale^2 ||a b||^2, of which the first is kept, and the others
+    need a^T W and a^T a alone: nothing of W's size is formed. a meets W in W's dtype.
+
+    References:
+      Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.3.
+    """
+    w, a, b, scale = map(jax.lax.stop_gradient, (lw.w, lw.a, lw.b, lw.scale))
+    dtype = jnp.result_type(*(widened(x.dtype) for x in (w, a, b)))
+    letters, s, i, o = _letters(lw.roles)
+    squared = _squared_norm(w, lw.roles) if lw.squared_norm is None else lw.squared_norm
+
+    def einsum(spec: str, x: Any, y: Any) -> jax.Array:
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum(spec, x, y, precision=highest, preferred_element_type=dtype)
+
+    aw = einsum(f"{s}{i}y,{letters}->{s}y{o}", a.astype(w.dtype), jnp.asarray(w))
+    a, b = a.astype(dtype), b.astype(dtype)
+    aa = einsum(f"{s}{i}y,{s}{i}z->{s}yz", a, a)
+    aab = einsum(f"{s}yz,{s}z{o}->{s}y{o}", aa, b)
+    scale = scale.astype(dtype).reshape(*scale.shape, *(1,) * (len(o) + 1))
+    added = jnp.sum(scale * (2 * aw + scale * aab) * b, axis=len(s))
+    return jnp.sqrt(jax.lax.stop_gradient(squared) + added)
+
+
+def excess(lw: LoraWeight) -> jax.Array:
+    """m / n - 1: by how much, relatively, DoRA grows each column: (stacked..., output...)."""
+    norm = column_norm(lw)
+    return lw.magnitude.astype(norm.dtype) / norm - 1
+
+
+def with_magnitude(lw: LoraWeight, path: str) -> LoraWeight:
+    """The same weight with DoRA's magnitude, m = n, so that its value stays.
+
+    Raises:
+      TargetError: a column of W + scale * a b is zero, and has no direction.
+    """
+    lw = dataclasses.replace(lw, squared_norm=_squared_norm(lw.w, lw.roles))
+    norm = column_norm(lw)
+    if not isinstance(norm, jax.core.Tracer | jax.ShapeDtypeStruct):
+        zeros = int(jnp.sum(~(norm > 0)))
+        if zeros:
+            raise TargetError(
+                f"{path}: got a weight of which {zeros} of {norm.size} columns (over the inputs of "
+                f"roles {lw.roles!r}) are zero, expected columns with a direction, since DoRA "
+                f"divides by their norm. Leave it out, LoraConfig(..., exclude=[{path!r}]), or use "
+                "LoraConfig(..., dora=False)."
+            )
+    return dataclasses.replace(lw, magnitude=norm)

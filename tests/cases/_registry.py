@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxlora
+from jaxlora.initializers import Target, factor_shapes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,14 +67,9 @@ class Case:
         return jaxlora.init(jax.random.key(1), params, config, roles=roles), args
 
 
-def _zero(key: jax.Array, w: Any, *, roles: str, rank: int, scale: float, dtype: Any) -> Any:
-    size = lambda letters: [n for n, role in zip(w.shape, roles, strict=True) if role in letters]
-    stacked, inputs, outputs = map(size, "sio")
-    return (
-        w,
-        jnp.zeros((*stacked, *inputs, rank), dtype),
-        jnp.zeros((*stacked, rank, *outputs), dtype),
-    )
+def _zero(key: jax.Array, w: Any, target: Target) -> Any:
+    a, b = factor_shapes(w, target)
+    return w, jnp.zeros(a, target.dtype), jnp.zeros(b, target.dtype)
 
 
 def cast(tree: Any, dtype: Any) -> Any:
