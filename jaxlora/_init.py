@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jaxlora import _paths
 from jaxlora._config import ALL_LINEAR, LoraConfig
 from jaxlora._errors import RolesError, TargetError
+from jaxlora._matrix import split_shape
 from jaxlora._roles import LOOKUP, OTHER, TracedRoles, agree, swapped
 from jaxlora._weight import (
     FullWeight,
     LoraWeight,
     check_roles,
     is_node,
-    split_shape,
     with_magnitude,
 )
 from jaxlora.initializers import Target

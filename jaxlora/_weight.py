@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import numbers
 from typing import Any
 
@@ -13,8 +12,7 @@ import jax.export
 import jax.numpy as jnp
 
 from jaxlora._errors import RolesError, TargetError
-
-ROLE_LETTERS = "sio"
+from jaxlora._matrix import ROLE_LETTERS, factors_to_matrix, from_matrix, split_shape
 
 
 def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...] = ()) -> type:
@@ -241,21 +239,6 @@ def check_rate(rate: Any, path: str) -> None:
         )
 
 
-def split_shape(
-    shape: tuple[int, ...], roles: str
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The stacked, input and output sizes of a shape.
-
-    >>> split_shape((12, 64, 8, 16), "sioo")
-    ((12,), (64,), (8, 16))
-    """
-    stacked, inputs, outputs = (
-        tuple(n for n, role in zip(shape, roles, strict=True) if role == letter)
-        for letter in ROLE_LETTERS
-    )
-    return stacked, inputs, outputs
-
-
 def widened(dtype: Any) -> Any:
     """float32, or dtype if that is as wide."""
     wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
@@ -280,21 +263,17 @@ def delta(lw: LoraWeight) -> jax.Array:
       Hu et al. 2021, arXiv 2106.09685, section 4.1.
       Liu et al. 2024, DoRA, arXiv 2402.09353, equation 5.
     """
-    stacked, inputs, outputs = split_shape(lw.shape, lw.roles)
     dtype = jnp.result_type(*(widened(x.dtype) for x in (lw.w, lw.a, lw.b)))
-    a = lw.a.astype(dtype).reshape(*stacked, math.prod(inputs), lw.rank)
-    b = lw.b.astype(dtype).reshape(*stacked, lw.rank, math.prod(outputs))
+    a, b = factors_to_matrix(lw.a.astype(dtype), lw.b.astype(dtype), lw.shape, lw.roles)
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    product = product.reshape(*stacked, *inputs, *outputs)
-    product = product * lw.scale.astype(dtype).reshape(*stacked, *(1,) * len(inputs + outputs))
-    order = sorted(range(lw.ndim), key=lambda d: ROLE_LETTERS.index(lw.roles[d]))
-    product = jnp.transpose(product, [order.index(d) for d in range(lw.ndim)])
+    product = lw.scale.astype(dtype)[..., None, None] * product
+    product = from_matrix(product, lw.shape, lw.roles)
     if lw.magnitude is None:
         return product
-    kept = [n if role != "i" else 1 for n, role in zip(lw.shape, lw.roles, strict=True)]
-    ranks = [d for d in order if lw.roles[d] != "i"]  # the dims of w along the excess' axes
-    more = jnp.transpose(excess(lw).astype(dtype), [ranks.index(d) for d in sorted(ranks)])
-    return product + more.reshape(kept) * (jnp.asarray(lw.w).astype(dtype) + product)
+    each = excess(lw).astype(dtype)
+    units = tuple(1 if role == "i" else n for n, role in zip(lw.shape, lw.roles, strict=True))
+    each = from_matrix(each, units, lw.roles)
+    return product + each * (jnp.asarray(lw.w).astype(dtype) + product)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxlora._weight import split_shape
+from jaxlora._matrix import split_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

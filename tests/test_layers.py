@@ -18,6 +18,7 @@ ORDER = [
     "_errors",
     "_compat",
     "_paths",
+    "_matrix",
     "_weight",
     "initializers",
     "_config",

@@ -1,0 +1,66 @@
+"""A weight of any shape as a stack of matrices, (stacked..., inputs, outputs), and back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROLE_LETTERS = "sio"
+
+
+def split_shape(
+    shape: tuple[int, ...], roles: str
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The stacked, input and output sizes of a shape.
+
+    >>> split_shape((12, 64, 8, 16), "sioo")
+    ((12,), (64,), (8, 16))
+    """
+    stacked, inputs, outputs = (
+        tuple(n for n, role in zip(shape, roles, strict=True) if role == letter)
+        for letter in ROLE_LETTERS
+    )
+    return stacked, inputs, outputs
+
+
+def _order(roles: str) -> list[int]:
+    """The dims of a weight, stacked ones first, then inputs, then outputs."""
+    return sorted(range(len(roles)), key=lambda d: ROLE_LETTERS.index(roles[d]))
+
+
+def to_matrix(w: Any, roles: str) -> jax.Array:
+    """W as (stacked..., I, O), its input dims fused in order, and its output dims.
+
+    >>> to_matrix(jnp.ones((5, 2, 3)), "oii").shape
+    (6, 5)
+    """
+    stacked, inputs, outputs = split_shape(w.shape, roles)
+    ordered = jnp.transpose(jnp.asarray(w), _order(roles))
+    return ordered.reshape(*stacked, math.prod(inputs), math.prod(outputs))
+
+
+def from_matrix(matrix: jax.Array, shape: tuple[int, ...], roles: str) -> jax.Array:
+    """The weight of that shape whose `to_matrix` this is."""
+    order = _order(roles)
+    ordered = matrix.reshape([shape[d] for d in order])
+    return jnp.transpose(ordered, [order.index(d) for d in range(len(shape))])
+
+
+def factors_to_matrix(a: Any, b: Any, shape: tuple[int, ...], roles: str) -> tuple[Any, Any]:
+    """a and b of a weight of that shape as (stacked..., I, R) and (stacked..., R, O)."""
+    stacked, inputs, outputs = split_shape(shape, roles)
+    rank = a.shape[-1]
+    return (
+        a.reshape(*stacked, math.prod(inputs), rank),
+        b.reshape(*stacked, rank, math.prod(outputs)),
+    )
+
+
+def factors_from_matrix(a: Any, b: Any, shape: tuple[int, ...], roles: str) -> tuple[Any, Any]:
+    """a (stacked..., input..., R) and b (stacked..., R, output...) of such matrices."""
+    stacked, inputs, outputs = split_shape(shape, roles)
+    rank = a.shape[-1]
+    return a.reshape(*stacked, *inputs, rank), b.reshape(*stacked, rank, *outputs)
