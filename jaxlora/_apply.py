@@ -36,7 +36,8 @@ class Interpreter:
     def __init__(self, materialize: Callable[[Node, str], Any]):
         self._materialize = materialize
         self.manual = 0  # within how many shard_maps
-        self._entered: list[JaxprEqn] = []  # the equations being evaluated, outermost first
+        # The equations being evaluated, outermost first, and where in their jaxprs they stand.
+        self._entered: list[tuple[JaxprEqn, int]] = []
         self._jitted: dict[Any, Callable[..., Any]] = {}
 
     def materialize(self, value: Any, use: str) -> Any:
@@ -44,8 +45,13 @@ class Interpreter:
 
     def where(self) -> str:
         """The user's line that is being evaluated: JAX's own functions have none inside."""
-        lines = map(_compat.source_line, reversed(self._entered))
+        lines = (_compat.source_line(eqn) for eqn, _ in reversed(self._entered))
         return next(filter(None, lines), "an unknown line")
+
+    @property
+    def position(self) -> int:
+        """Which of its jaxpr's equations is being evaluated."""
+        return self._entered[-1][1]
 
     def eval(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, open or closed, on values that may be nodes."""
@@ -55,21 +61,22 @@ class Interpreter:
         def read(var: Any) -> Any:
             return var.val if isinstance(var, _compat.Literal) else env[var]
 
-        scopes = _compat.name_stack()
+        scopes, position = _compat.name_stack(), -1
         for context, eqns in _compat.by_context(inner.eqns):
             with context:
                 for eqn in eqns:
+                    position += 1
                     values = [read(v) for v in eqn.invars]
                     with _compat.source_context(eqn, scopes):
                         if any(isinstance(v, Node) for v in values):
-                            outs = self._rule(eqn, values)
+                            outs = self._rule(eqn, values, position)
                         else:
                             outs = _compat.bind(eqn, values)
                     env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in inner.outvars]
 
-    def _rule(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-        self._entered.append(eqn)
+    def _rule(self, eqn: JaxprEqn, values: list[Any], position: int) -> Sequence[Any]:
+        self._entered.append((eqn, position))
         try:
             return apply_rule(self, eqn, values)
         finally:

@@ -20,6 +20,7 @@ __all__ = [
     "manual_axes",
     "name_stack",
     "ndim",
+    "placed_like",
     "source_context",
     "source_line",
     "split_jaxpr",
@@ -96,3 +97,10 @@ def explicit_spec(array: Any) -> tuple[Any, ...]:
     sharding = getattr(jax.typeof(array), "sharding", None)
     spec = tuple(getattr(sharding, "spec", None) or ())
     return (*spec, *[None] * (array.ndim - len(spec)))
+
+
+def placed_like(array: Any, other: Any) -> Any:
+    """An array sharded as another of its shape is, in meshes of explicit axes."""
+    if not any(explicit_spec(other)):
+        return array
+    return jax.sharding.reshard(array, jax.typeof(other).sharding)

@@ -24,7 +24,8 @@ from jaxlora._looped import looped
 from jaxlora._moves import RANK, Dims, Labelled, Unfactorable, contract, times
 
 if TYPE_CHECKING:
-    from jaxlora._factored import Factored, Term
+    from jaxlora._factored import Factored
+    from jaxlora._terms import Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,40 @@ class Contraction:
     @property
     def free(self) -> Dims:
         return tuple(d for d in range(self.ndim) if d not in (*self.summed, *self.batch))
+
+    def base(self, x: Any, w: Any) -> Any:
+        """The equation itself, of an activation and a plain weight."""
+        return _compat.bind(self.eqn, [x, w])[0]
+
+    def sides(self, node: Factored) -> tuple[list[Term], list[Term]]:
+        """DoRA's terms: those whose columns are summed over, and those whose columns stay.
+
+        The first scale the activation, the others the result.
+
+        Raises:
+          Unfactorable: columns that are neither, or some of each.
+        """
+        on_x, on_y = [], []
+        for t in node.terms:
+            if t.excess is not None:
+                spans = t.gain_spans()
+                if spans <= {*self.batch, *self.free}:
+                    on_y.append(t)
+                elif spans <= {*self.batch, *self.summed} - {*self.window}:
+                    on_x.append(t)
+                else:
+                    raise Unfactorable("DoRA's columns are partly summed over")
+        if on_x and on_y:
+            raise Unfactorable("DoRA's columns of some parts are summed over, of others not")
+        return on_x, on_y
+
+    def gain_on_x(self, node: Factored, t: Term, x: Any) -> Any:
+        """The excess of a term, broadcast along the activation."""
+        raise NotImplementedError
+
+    def gain_on_y(self, node: Factored, t: Term, y: Any) -> Any:
+        """The excess of a term, broadcast along the result."""
+        raise NotImplementedError
 
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
         """What term t of the weight adds to y, the contraction of the base with x.
@@ -124,18 +159,36 @@ class Dot(Contraction):
             first,
         )
 
-    def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
-        # x's axes carry W's labels where they meet W; its own are numbered past W's.
+    def base(self, x: Any, w: Any) -> Any:
+        return _compat.bind(self.eqn, [w, x] if self.first else [x, w])[0]
+
+    def _labels(self, x: Any) -> tuple[Dims, Dims]:
+        """The dims of W along the axes of x and of the result; x's own are numbered past W's."""
         x_dims = list(range(self.ndim, self.ndim + x.ndim))
         for axes, dims in ((self.x_summed, self.summed), (self.x_batch, self.batch)):
             for axis, d in zip(axes, dims, strict=True):
                 x_dims[axis] = d
         x_free = tuple(d for d in x_dims if d >= self.ndim)
         rest = (*self.free, *x_free) if self.first else (*x_free, *self.free)
-        out = (*self.batch, *rest)
+        return tuple(x_dims), (*self.batch, *rest)
+
+    def gain_on_x(self, node: Factored, t: Term, x: Any) -> Any:
+        pairs = zip((*self.summed, *self.batch), (*self.x_summed, *self.x_batch), strict=True)
+        return t.gain_along(dict(pairs), x.ndim)
+
+    def gain_on_y(self, node: Factored, t: Term, y: Any) -> Any:
+        # The result's axes: the batch, then what is left of the left operand, then of the right.
+        n_batch, n_free = len(self.batch), len(self.free)
+        start = n_batch if self.first else y.ndim - n_free
+        axes = dict(zip(self.batch, range(n_batch), strict=True))
+        axes |= dict(zip(self.free, range(start, start + n_free), strict=True))
+        return t.gain_along(axes, y.ndim)
+
+    def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
+        x_dims, out = self._labels(x)
         start, _ = self.order(node, t)
         return _dot_share(
-            Labelled(self.operand(node, x, y), tuple(x_dims)),
+            Labelled(self.operand(node, x, y), x_dims),
             t,
             start is t.a,
             (self.summed, self.batch, self.free),
@@ -215,6 +268,16 @@ class Conv(Contraction):
             raise Unfactorable("it groups its batch")
         _, in_dim, *window = eqn.params["dimension_numbers"].rhs_spec
         return cls(eqn, where, len(window) + 2, (in_dim, *window), (), window=tuple(window))
+
+    def gain_on_x(self, node: Factored, t: Term, x: Any) -> Any:
+        lhs, rhs, _ = self.eqn.params["dimension_numbers"]
+        if self.eqn.params["feature_group_count"] != 1:
+            raise Unfactorable("it groups the columns of DoRA")
+        return t.gain_along({rhs[1]: lhs[1]}, x.ndim)
+
+    def gain_on_y(self, node: Factored, t: Term, y: Any) -> Any:
+        _, rhs, out = self.eqn.params["dimension_numbers"]
+        return t.gain_along({rhs[0]: out[1]}, y.ndim)
 
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
         t = t.filled(d for d, _ in t.window)
@@ -330,6 +393,31 @@ class RaggedDot(Contraction):
         dims = (tuple(summed), (*batch, group), tuple(x_summed), tuple(x_batch))
         return cls(eqn, where, _compat.ndim(eqn.invars[1]), *dims, group, ragged, sizes)
 
+    def base(self, x: Any, w: Any) -> Any:
+        return ragged_product(self.eqn, x, w, self.sizes)
+
+    def gain_on_x(self, node: Factored, t: Term, x: Any) -> Any:
+        raise Unfactorable("it sums over the columns of DoRA")
+
+    def gain_on_y(self, node: Factored, t: Term, y: Any) -> Any:
+        # A row's gain is its group's: what a ragged product with a single one picks.
+        groups = [*self.batch, *self.free]
+        gain = t.gain_along({d: k for k, d in enumerate(groups)}, len(groups))
+        gain = jnp.broadcast_to(gain, [node.shape[d] for d in groups])
+        gain = jnp.expand_dims(gain, len(self.batch))
+        rows = jnp.ones((*y.shape[: y.ndim - len(self.free)], 1), gain.dtype)
+        n_batch = len(self.batch) - 1
+        highest = {"precision": lax.Precision.HIGHEST, "preferred_element_type": gain.dtype}
+        return self._meet(
+            rows, gain, (rows.ndim - 1,), tuple(range(n_batch)), self._row(), 1, None, **highest
+        )
+
+    def _row(self) -> int:
+        """The axis of the result that is ragged."""
+        used = (*self.x_summed, *self.x_batch)
+        before = [k for k in range(self.ragged) if k not in used]
+        return len(self.x_batch) + len(before)
+
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
         t = t.filled(d for d, _ in t.window)
         start, end = self.order(node, t)
@@ -342,14 +430,12 @@ class RaggedDot(Contraction):
         between = None if out is None else P(*kept, None)
         h = self._meet(x, f, self.x_summed, self.x_batch, self.ragged, n_summed, between)
         # h: its batch, what x had left, the rank.
-        left = [k for k in range(x.ndim) if k not in (*self.x_summed, *self.x_batch)]
-        ragged = n_batch + left.index(self.ragged)
         scale = whole(t.scale, self.batch, node.shape)  # rows differ in theirs: it goes with b
         b = whole(end, [*self.batch, RANK, *self.free], node.shape)
         b = times(
             Labelled(b, tuple(range(b.ndim))), Labelled(scale, tuple(range(scale.ndim))), b.dtype
         )
-        return self._meet(h, b.array, (h.ndim - 1,), tuple(range(n_batch)), ragged, 1, out)
+        return self._meet(h, b.array, (h.ndim - 1,), tuple(range(n_batch)), self._row(), 1, out)
 
     def _meet(
         self,
@@ -360,6 +446,7 @@ class RaggedDot(Contraction):
         ragged: int,
         n_summed: int,
         sharding: Any,
+        **changes: Any,
     ) -> Any:
         """The ragged product of x with f: (batch..., group, summed..., free...)."""
         n_batch = len(x_batch)
@@ -371,7 +458,7 @@ class RaggedDot(Contraction):
             (ragged,),
             (n_batch,),
         )
-        changes = {"ragged_dot_dimension_numbers": numbers, "out_sharding": sharding}
+        changes = {"ragged_dot_dimension_numbers": numbers, "out_sharding": sharding} | changes
         out = ragged_product(self.eqn, x, f.astype(x.dtype), self.sizes, **changes)
         return out.astype(x.dtype)
 

@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from jaxlora._apply import Interpreter
 
 
-def _enter(values: Sequence[Any]) -> list[Any]:
-    return [v.replace(origin=k) if isinstance(v, Node) else v for k, v in enumerate(values)]
+def _at(values: Sequence[Any], index: Any) -> list[Any]:
+    """The values, going into the equation at that index, or into that step of a loop."""
+    return [v.at(index) if isinstance(v, Node) else v for v in values]
+
+
+def _enter(interpreter: Interpreter, values: Sequence[Any]) -> list[Any]:
+    inside = _at(values, interpreter.position)
+    return [v.replace(origin=k) if isinstance(v, Node) else v for k, v in enumerate(inside)]
 
 
 def _leave(outs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
@@ -38,7 +44,8 @@ def _leave(outs: Sequence[Any], values: Sequence[Any]) -> list[Any]:
 def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     params = eqn.params
     if params["inline"] is True:
-        return interpreter.eval(params["jaxpr"], values)
+        outs = interpreter.eval(params["jaxpr"], _enter(interpreter, values))
+        return _leave(outs, values)
     run = interpreter.jitted(
         params["jaxpr"],
         name=params["name"],
@@ -50,20 +57,22 @@ def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence
             if donated and not isinstance(values[k], Node)
         ),
     )
-    inside = [v.entered(k) if isinstance(v, Node) else v for k, v in enumerate(values)]
+    inside = _at(values, interpreter.position)
+    inside = [v.entered(k) if isinstance(v, Node) else v for k, v in enumerate(inside)]
     outs = [v.left(values) if isinstance(v, Node) and v.origin is None else v for v in run(*inside)]
     return _leave(outs, values)
 
 
 @rule("closed_call", "core_call", "core_closed_call", "call")
 def _call(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    return interpreter.eval(eqn.params["call_jaxpr"], values)
+    outs = interpreter.eval(eqn.params["call_jaxpr"], _enter(interpreter, values))
+    return _leave(outs, values)
 
 
 @rule("remat", "remat2", "checkpoint")
 def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     params = eqn.params
-    inside = _enter(values)
+    inside = _enter(interpreter, values)
     if params["differentiated"]:
         # Part of a backward pass: recompute here, and let the barrier keep XLA from sharing it.
         if params["prevent_cse"]:
@@ -102,7 +111,7 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
                 raise _Again
         return [jax.tree.leaves(v) for v in outs]
 
-    inside = _enter(operands)
+    inside = _enter(interpreter, operands)
     while True:
         made.clear()
         # New functions each time: JAX keeps the traces of those that it has seen.
@@ -127,20 +136,24 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
 @rule("while")
 def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
     carry = _Carry(interpreter, eqn, values[n_cond + n_body :])
+    inside = unmarked(_at(values, interpreter.position))
+    cond_consts, body_consts = inside[:n_cond], inside[n_cond : n_cond + n_body]
+    count = _Count(values)
 
     def cond(state: Any) -> Any:
-        (out,) = interpreter.eval(eqn.params["cond_jaxpr"], [*cond_consts, *carry.inside(state)])
+        step, state = state
+        args = count.at([*cond_consts, *carry.inside(state)], step)
+        (out,) = interpreter.eval(eqn.params["cond_jaxpr"], args)
         return out
 
     def body(state: Any) -> Any:
-        outs = interpreter.eval(
-            eqn.params["body_jaxpr"], [*unmarked(body_consts), *carry.inside(state)]
-        )
-        return carry.outside(outs)
+        step, state = state
+        args = count.at([*body_consts, *carry.inside(state)], step)
+        outs = interpreter.eval(eqn.params["body_jaxpr"], args)
+        return count.next(step), carry.outside(outs)
 
-    return carry.run(lambda init: lax.while_loop(cond, body, init))
+    return carry.run(lambda init: lax.while_loop(cond, body, (count.first, init))[1])
 
 
 @rule("scan")
@@ -155,14 +168,17 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
     n_xs = len(values) - same_ndim(eqn.invars, jaxpr.invars)
     n_carry = same_ndim(eqn.outvars, jaxpr.outvars)
     n_consts = len(values) - n_carry - n_xs
-    consts, xs = values[:n_consts], values[n_consts + n_carry :]
+    xs, inside = values[n_consts + n_carry :], _at(values, interpreter.position)
+    consts = unmarked(inside[:n_consts])
     carry = _Carry(interpreter, eqn, values[n_consts : n_consts + n_carry])
-    sliced = [_Sliced(v, n_carry + k) for k, v in enumerate(xs)]
+    sliced = [_Sliced(v, n_carry + k) for k, v in enumerate(inside[n_consts + n_carry :])]
+    count = _Count(values)
 
     def body(state: Any, slices: Any) -> Any:
-        args = [*unmarked(consts), *carry.inside(state)]
+        step, state = state
+        args = [*consts, *carry.inside(state)]
         args += [s.inside(x) for s, x in zip(sliced, slices, strict=True)]
-        outs = interpreter.eval(params["jaxpr"], args)
+        outs = interpreter.eval(params["jaxpr"], count.at(args, step))
         stacked = outs[n_carry:]
         forwarded.clear()
         for k, v in enumerate(stacked):
@@ -170,15 +186,15 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
                 forwarded[k] = v.origin - n_carry
         nodes[:] = [v.skeleton() if isinstance(v, Node) else None for v in stacked]
         ys = [None if k in forwarded else jax.tree.leaves(v) for k, v in enumerate(stacked)]
-        return carry.outside(outs[:n_carry]), ys
+        return (count.next(step), carry.outside(outs[:n_carry])), ys
 
     forwarded: dict[int, int] = {}
     nodes: list[Any] = []
 
     def loop(init: Any) -> Any:
-        state, ys = lax.scan(
+        (_, state), ys = lax.scan(
             body,
-            init,
+            (count.first, init),
             [s.leaves for s in sliced],
             length=params["length"],
             reverse=params["reverse"],
@@ -198,6 +214,27 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
         return state
 
     return [*carry.run(run), *ys]
+
+
+class _Count:
+    """The number of a loop's step, if a weight that goes into it draws dropout masks."""
+
+    def __init__(self, values: Sequence[Any]):
+        self.first = None
+        if any(isinstance(v, Node) and v.drops for v in values):
+            self.first = jnp.uint32(0)
+
+    def at(self, values: Sequence[Any], step: Any) -> list[Any]:
+        if step is None:
+            return list(values)
+        moved = _at(values, step)
+        return [
+            v.replace(origin=old.origin) if isinstance(v, Node) else v
+            for v, old in zip(moved, values, strict=True)
+        ]
+
+    def next(self, step: Any) -> Any:
+        return None if step is None else step + 1
 
 
 class _Sliced:
@@ -232,13 +269,15 @@ class _Carry:
 
     def __init__(self, interpreter: Interpreter, eqn: JaxprEqn, init: Sequence[Any]):
         self.interpreter, self.init = interpreter, list(init)
+        self.position = interpreter.position
         self.use = f"the carry of `{eqn.primitive.name}` at {interpreter.where()}"
         self.fixed = {k for k, v in enumerate(init) if isinstance(v, Node)}
         self.summed: set[int] = set()
 
     def inside(self, state: Sequence[Any]) -> list[Any]:
         return [
-            self.init[k].replace(origin=k) if k in self.fixed else v for k, v in enumerate(state)
+            self.init[k].at(self.position).replace(origin=k) if k in self.fixed else v
+            for k, v in enumerate(state)
         ]
 
     def outside(self, outs: Sequence[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,102 +12,10 @@ from jax import lax
 
 from jaxlora import _compat
 from jaxlora._contractions import Contraction
-from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable, contract, times
-from jaxlora._weight import LoraWeight, widened
-
-
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True, eq=False)
-class Term:
-    """One low-rank term: scale * sum_r a b, over a window of W's dims.
-
-    Attributes:
-      a, b: factors; a dim of W spanned by both is stacked, by a alone an input, by b alone an
-        output, by neither constant (unit and broadcast dims).
-      scale: over stacked dims, float32.
-      window: {dim: (start, size of W's dim)} for dims of which the term covers only a part, as in a
-        concatenation of weights; as sorted items, to be hashable.
-    """
-
-    a: Labelled
-    b: Labelled
-    scale: Labelled
-    window: tuple[tuple[int, tuple[int, int]], ...] = ()
-
-    def tree_flatten(self):
-        return (self.a, self.b, self.scale), self.window
-
-    @classmethod
-    def tree_unflatten(cls, window, children):
-        a, b, scale = children
-        return cls(a, b, scale, window)
-
-    @property
-    def factors(self) -> tuple[Labelled, Labelled, Labelled]:
-        return self.a, self.b, self.scale
-
-    def size(self, d: int) -> int:
-        """How much of dim d the term covers; 1 where it is constant."""
-        for f in self.factors:
-            if d in f.dims:
-                return f.array.shape[f.dims.index(d)]
-        return 1
-
-    def each(self, f: Callable[[Labelled], Labelled], window: dict | None = None) -> Term:
-        kept = self.window if window is None else tuple(sorted(window.items()))
-        return Term(f(self.a), f(self.b), f(self.scale), kept)
-
-    def filled(self, dims: Iterable[int]) -> Term:
-        """The same term with no window on `dims`: its factors padded with zeros."""
-        window, term = dict(self.window), self
-        for d in dims:
-            if d not in window:
-                continue
-            start, total = window.pop(d)
-            widths = (start, total - start - term.size(d), 0)
-
-            def padded(f: Labelled, d=d, widths=widths) -> Labelled:
-                if d not in f.dims:
-                    return f
-                config = [widths if e == d else (0, 0, 0) for e in f.dims]
-                return Labelled(lax.pad(f.array, jnp.zeros((), f.array.dtype), config), f.dims)
-
-            term = term.each(padded, window)
-        return term
-
-    def spread(self, d: int, n: int) -> Term:
-        """The same term, with dim d of size n in its factors if it was constant along d."""
-        if d in self.a.dims or d in self.b.dims:
-            return self
-        return dataclasses.replace(self, a=self.a.spread(d, n), b=self.b.spread(d, n))
-
-    def value(self, shape: Sequence[int], dtype: Any, precision: Any) -> jax.Array:
-        """scale * a b as an array of `shape`; only for looked-up rows, and on request."""
-        dims = tuple(d for d in range(len(shape)) if d in self.a.dims or d in self.b.dims)
-        scaled = times(self.a, self.scale, dtype)
-        b = Labelled(self.b.array.astype(dtype), self.b.dims)
-        array = contract(scaled, b, dims, precision).array
-        return self.placed(Labelled(array, dims), {d: d for d in range(len(shape))}, shape)
-
-    def placed(self, part: Labelled, at: dict[int, int], shape: Sequence[int]) -> jax.Array:
-        """`part`, labelled by output axes, broadcast to `shape`; zero outside of the window.
-
-        Args:
-          at: {dim of W: output axis}.
-        """
-        window = {at[d]: span for d, span in self.window if d in at}
-        inner = list(shape)
-        for axis, d in ((axis, d) for d, axis in at.items()):
-            if axis in window:
-                inner[axis] = self.size(d)
-        array = lax.broadcast_in_dim(part.array, inner, part.dims)
-        if window:
-            config = [(0, 0, 0)] * len(shape)
-            for axis, (start, total) in window.items():
-                config[axis] = (start, total - start - inner[axis], 0)
-            array = lax.pad(array, jnp.zeros((), array.dtype), config)
-        return array
-
+from jaxlora._dropout import Dropout
+from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable, times
+from jaxlora._terms import Term
+from jaxlora._weight import LoraWeight, excess, widened
 
 ANY = "*"
 """In place of a mesh axis: it is not known which."""
@@ -157,9 +65,18 @@ class Node:
     def moved(self, move: Move, w: Any) -> Any:
         raise NotImplementedError
 
-    def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
-        """What the model sees of a contraction with x; y is that of w."""
+    def contracted(self, x: Any, contraction: Contraction) -> Any:
+        """What the model sees of a contraction with x."""
         raise NotImplementedError
+
+    def at(self, index: Any) -> Any:
+        """This node, going into an equation of that index, or into that step of a loop."""
+        return self
+
+    @property
+    def drops(self) -> bool:
+        """Whether what it does depends on where it is used."""
+        return False
 
     def scaled(self, w: Any, factor: Any) -> Any:
         """This times `factor`; w is that already."""
@@ -235,7 +152,7 @@ def unmarked(values: Iterable[Any]) -> list[Any]:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factored(Node):
-    """W + the sum of its terms.
+    """W + the sum of its terms, times 1 + the sum of their excesses.
 
     Attributes:
       w: the base array, in its present shape and dtype.
@@ -271,13 +188,28 @@ class Factored(Node):
     @classmethod
     def of(cls, lw: LoraWeight, path: str, origin: int | None = None) -> Factored:
         s, i, o = (tuple(d for d, r in enumerate(lw.roles) if r == letter) for letter in "sio")
+        drop = None
+        if lw.dropout_key is not None and lw.dropout:
+            drop = Dropout.of(lw.dropout_key, lw.dropout, s)
         term = Term(
             a=Labelled(lw.a, (*s, *i, RANK)),
             b=Labelled(lw.b, (*s, RANK, *o)),
             # Frozen, as w is: no gradient is computed that freeze_base would throw away.
             scale=Labelled(lax.stop_gradient(lw.scale.astype(widened(lw.w.dtype))), s),
+            # Once a call, before any slicing: a part of the inputs has not the norm of all.
+            excess=None if lw.magnitude is None else Labelled(excess(lw), (*s, *o)),
+            dropout=drop,
         )
         return cls(lax.stop_gradient(lw.w), (term,), path, origin)
+
+    def at(self, index: Any) -> Factored:
+        if not self.drops:
+            return self
+        return self.replace(origin=self.origin, terms=tuple(t.at(index) for t in self.terms))
+
+    @property
+    def drops(self) -> bool:
+        return any(t.dropout is not None for t in self.terms)
 
     def like(self, other: Node) -> bool:
         alike: dict[str, Any] = {
@@ -333,10 +265,10 @@ class Factored(Node):
         """The concatenation w of nodes and arrays: each term keeps to its own window."""
         terms, at = [], 0
         for part in parts:
+            size = part.shape[axis]
             for t in part.terms if isinstance(part, Factored) else ():
-                t = t.filled([axis]).spread(axis, part.shape[axis])
-                terms.append(t.each(lambda f: f, dict(t.window) | {axis: (at, w.shape[axis])}))
-            at += part.shape[axis]
+                terms.append(t.windowed(axis, size, (at, w.shape[axis])))
+            at += size
         nodes = [p for p in parts if isinstance(p, Factored)]
         return cls(
             w,
@@ -359,6 +291,8 @@ class Factored(Node):
         return [tuple(range(len(self.shape))), *(f.dims for t in self.terms for f in t.factors)]
 
     def moved(self, move: Move, w: Any) -> Any:
+        if move.fills and any(t.excess is not None for t in self.terms):
+            raise Unfactorable("it fills up a weight whose columns DoRA scales")
         picked = self.picked | move.picked
         node = self.replace(
             w=w,
@@ -417,27 +351,35 @@ class Factored(Node):
         return self.replace(terms=tuple(t.filled([d]) for t in self.terms), origin=self.origin)
 
     def sum(self, valid: Labelled | None = None) -> jax.Array:
-        """W + the deltas, in W's dtype: rows of a looked-up weight.
+        """The value in W's dtype: rows of a looked-up weight.
 
         A row out of bounds may be NaN, and so may be what comes back to it; neither may reach the
         gradient of the factor that all rows share. It does not reach a table's either.
         """
-        total = self.w
+        total, mask = self.w, None
+        if valid is not None:
+            mask = lax.broadcast_in_dim(valid.array, self.shape, valid.dims)
         for t in self.terms:
             delta = t.value(self.shape, total.dtype, precision=None)
-            if valid is not None:
-                mask = lax.broadcast_in_dim(valid.array, self.shape, valid.dims)
-                delta = jnp.where(mask, delta, 0)
-            total = total + delta
-        return total
+            total = total + (delta if mask is None else jnp.where(mask, delta, 0))
+        return self._grown(total, mask)
 
     def materialized(self) -> jax.Array:
-        """W + the deltas in float32 arithmetic at the highest precision, rounded once."""
+        """The value in float32 arithmetic at the highest precision, rounded once."""
         wide = widened(self.w.dtype)
         total = self.w.astype(wide)
         for t in self.terms:
             total = total + t.value(self.shape, wide, lax.Precision.HIGHEST)
-        return total.astype(self.w.dtype)
+        return self._grown(total).astype(self.w.dtype)
+
+    def _grown(self, total: jax.Array, mask: Any = None) -> jax.Array:
+        """W + the deltas, times 1 + the excesses."""
+        ndim = len(self.shape)
+        axes = {d: d for d in range(ndim)}
+        gains = [t.gain_along(axes, ndim) for t in self.terms if t.excess is not None]
+        if mask is not None:
+            gains = [jnp.where(mask, gain, 0) for gain in gains]
+        return grown(total, [(gain, total) for gain in gains])
 
     def scaled(self, w: Any, factor: Any) -> Factored:
         """This times `factor`, which is a scalar or varies along dims that one factor spans."""
@@ -466,9 +408,37 @@ class Factored(Node):
         varied = self.varied | ({ANY} if isinstance(factor, jax.core.Tracer) else set())
         return self.replace(w=w, terms=tuple(map(scale, self.terms)), varied=varied)
 
-    def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
+    def contracted(self, x: Any, contraction: Contraction) -> Any:
+        on_x, on_y = contraction.sides(self)
+        x = grown(x, [(contraction.gain_on_x(self, t, x), x) for t in on_x])
+        y = contraction.base(x, self.w)
         with jax.named_scope("lora"):  # for profiles
+            shares, bases = [], {}
             for t in self.terms:
-                share = contraction.share(self, t, x, y)
-                y = lax.add(y, lax.convert_element_type(share, y.dtype))
+                seen = x
+                if t.dropout is not None and contraction.order(self, t)[0] is t.a:
+                    seen = t.dropout.drop(contraction.operand(self, x, y))
+                    if t in on_y:  # DoRA sees what is dropped too
+                        bases[t] = contraction.base(seen.astype(x.dtype), self.w)
+                shares.append(contraction.share(self, t, seen, y))
+            total = _added(y, shares)
+            seen = [_added(bases[t], shares) if t in bases else total for t in on_y]
+            gains = [contraction.gain_on_y(self, t, y) for t in on_y]
+            return grown(total, list(zip(gains, seen, strict=True)))
+
+
+def _added(y: Any, shares: Iterable[Any]) -> Any:
+    for share in shares:
+        y = lax.add(y, lax.convert_element_type(share, y.dtype))
+    return y
+
+
+def grown(y: Any, gains: Sequence[tuple[Any, Any]]) -> Any:
+    """y + the sum of gain * x over the pairs (gain, x), in float32 or wider, in y's dtype."""
+    if not gains:
         return y
+    wide = widened(y.dtype)
+    total = y.astype(wide)
+    for gain, x in gains:
+        total = total + gain.astype(wide) * x.astype(wide)
+    return total.astype(y.dtype)

@@ -24,7 +24,7 @@ from jaxlora import _compat
 from jaxlora._weight import widened
 
 if TYPE_CHECKING:
-    from jaxlora._factored import Term
+    from jaxlora._terms import Term
 
 RANK = -1
 Dims: TypeAlias = tuple[int, ...]
@@ -107,6 +107,7 @@ class Move:
       changed: dims whose content changes, so that a window on them cannot be kept.
       valid: where a lookup that fills is within bounds, labelled by output dims; None: everywhere.
       traced: whether a traced value decides what is moved.
+      fills: whether it may put in numbers other than zero that are not W's.
     """
 
     sources: tuple[tuple[int, ...], ...]
@@ -116,6 +117,7 @@ class Move:
     changed: frozenset[int] = frozenset()
     valid: Labelled | None = None
     traced: bool = False
+    fills: bool = False
 
     def lone(self, d: int) -> int | None:
         """The output dim that is dim d as it was and nothing else; None if there is no such."""
@@ -281,7 +283,7 @@ def reverse(ndim: int, flipped: Iterable[int]) -> Move:
     return Move(tuple((d,) for d in range(ndim)), apply, changed=flip)
 
 
-def pad(config: Sequence[tuple[int, int, int]]) -> Move:
+def pad(config: Sequence[tuple[int, int, int]], fills: bool) -> Move:
     """The factors are padded with zeros, whatever W is padded with: the delta is zero there."""
 
     def apply(f: Labelled) -> Labelled:
@@ -289,7 +291,7 @@ def pad(config: Sequence[tuple[int, int, int]]) -> Move:
         return Labelled(lax.pad(f.array, jnp.zeros((), f.array.dtype), padding), f.dims)
 
     changed = frozenset(d for d, widths in enumerate(config) if any(widths))
-    return Move(tuple((d,) for d in range(len(config))), apply, changed=changed)
+    return Move(tuple((d,) for d in range(len(config))), apply, changed=changed, fills=fills)
 
 
 def gather(
@@ -358,7 +360,18 @@ def gather(
     if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         limit = jnp.array([shape[d] - sizes[d] for d in dn.start_index_map], indices.dtype)
         valid = Labelled(jnp.all((indices >= 0) & (indices <= limit), axis=-1), tuple(batch_out))
-    return Move(tuple(sources), apply, picked, frozenset(paired), frozenset(changed), valid, True)
+    fill = params.get("fill_value")  # None is NaN, which DoRA's columns do not change
+    fills = valid is not None and fill is not None and not (fill == 0 or fill != fill)
+    return Move(
+        tuple(sources),
+        apply,
+        picked,
+        frozenset(paired),
+        frozenset(changed),
+        valid,
+        traced=True,
+        fills=fills,
+    )
 
 
 def all_gather(ndim: int, axis: int, names: Any, groups: Any, tiled: bool) -> Move:

@@ -200,7 +200,8 @@ class Probe(Node):
         tracks = dict.fromkeys(t for node in nodes for t in node.tracks)
         return self.replace(w=leaves[0], tracks=tuple(tracks))
 
-    def contracted(self, y: Any, x: Any, contraction: Contraction) -> Any:
+    def contracted(self, x: Any, contraction: Contraction) -> Any:
+        y = contraction.base(x.w if isinstance(x, Node) else x, self.w)
         where = f"`{contraction.eqn.primitive.name}` at {contraction.where()}"
         if isinstance(x, Probe) and self.is_row:
             self.used(where)

@@ -18,7 +18,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxlora import _compat
 from jaxlora import _moves as moves
-from jaxlora._contractions import Conv, Dot, RaggedDot, ragged_product
+from jaxlora._contractions import Conv, Dot, RaggedDot
 from jaxlora._factored import Node, unmarked
 from jaxlora._moves import Move, Unfactorable
 
@@ -70,11 +70,13 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
         row = lhs if lhs.is_row else rhs
         use = f"`dot_general` of two adapted weights at {interpreter.where()}"
         lhs, rhs = (interpreter.materialize(v, use) if v is row else v for v in (lhs, rhs))
-    (y,) = _compat.bind(eqn, [v.w if isinstance(v, Node) else v for v in (lhs, rhs)])
+    y = None
     if isinstance(lhs, Node):
-        y = lhs.contracted(y, rhs, Dot.of(eqn, interpreter.where, first=True))
-    if isinstance(rhs, Node):
-        y = rhs.contracted(y, lhs, Dot.of(eqn, interpreter.where, first=False))
+        contraction = Dot.of(eqn, interpreter.where, first=True)
+        y = lhs.at(interpreter.position).contracted(rhs, contraction)
+    if isinstance(rhs, Node):  # both, if they only record
+        contraction = Dot.of(eqn, interpreter.where, first=False)
+        y = rhs.at(interpreter.position).contracted(lhs, contraction)
     return [y]
 
 
@@ -82,16 +84,14 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
 def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     x, kernel = _on_the_right(interpreter, eqn, values)
     contraction = Conv.of(eqn, interpreter.where)
-    (y,) = _compat.bind(eqn, [x, kernel.w])
-    return [kernel.contracted(y, x, contraction)]
+    return [kernel.at(interpreter.position).contracted(x, contraction)]
 
 
 @rule("ragged_dot_general")
 def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     x, experts = _on_the_right(interpreter, eqn, values[:2])
     contraction = RaggedDot.of(eqn, interpreter.where, values[2])
-    y = ragged_product(eqn, x, experts.w, values[2])
-    return [experts.contracted(y, x, contraction)]
+    return [experts.at(interpreter.position).contracted(x, contraction)]
 
 
 def _on_the_right(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
@@ -174,7 +174,8 @@ def _rev(shape, params) -> Move:
 
 @structural("pad")
 def _pad(shape, params, value) -> Move:
-    return moves.pad(params["padding_config"])
+    concrete = not isinstance(value, jax.core.Tracer)
+    return moves.pad(params["padding_config"], fills=not (concrete and value == 0))
 
 
 @structural("gather")

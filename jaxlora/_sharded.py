@@ -77,7 +77,9 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Se
     in_specs = [tuple(spec) for spec in params["in_specs"]]
     nodes, leaves, specs = [], [], []
     for k, (v, spec) in enumerate(zip(values, in_specs, strict=True)):
-        node = _filled(v.replace(origin=k), spec) if isinstance(v, Node) else None
+        node = None
+        if isinstance(v, Node):
+            node = _filled(v.at(interpreter.position).replace(origin=k), spec)
         nodes.append(node)
         if node is None:
             leaves.append([v])

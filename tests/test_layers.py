@@ -24,6 +24,8 @@ ORDER = [
     "_config",
     "_looped",
     "_moves",
+    "_dropout",
+    "_terms",
     "_contractions",
     "_factored",
     "_rules",

@@ -24,6 +24,7 @@ class Case:
       make: (key) -> (params, args).
       roles: {path: roles} of what is adapted, as `trace_roles` should find them.
       declared: roles that only the user can know, for LoraConfig(roles=...).
+      dora: whether the adapters are DoRA's.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     make: Callable[[jax.Array], tuple[Any, tuple[Any, ...]]]
     roles: Mapping[str, str]
     declared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dora: bool = False
     traces: list[int] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
@@ -61,6 +63,7 @@ class Case:
             alpha=3,
             targets=list(self.roles),
             roles=self.declared,
+            dora=self.dora,
             initializer=_zero,  # the properties put numbers in
         )
         roles = jaxlora.trace_roles(self.fn, params, *args)
