@@ -10,6 +10,8 @@ BENCHMARKS: dict[str, Callable[[], harness.Benchmark]] = {
     "train_step": train_step.scanned,
     "train_step_remat": train_step.remat,
     "train_step_unrolled": train_step.unrolled,
+    "dora": train_step.dora,
+    "dora_unrolled": train_step.dora_unrolled,
     "trace": trace.linen,
     "trace_grad": trace.gradient,
     "trace_nnx": trace.flax_nnx,

@@ -39,6 +39,7 @@ def steps(
     rank: int = 8,
     alpha: float = 16.0,
     tx: optax.GradientTransformation | None = None,
+    dora: bool = False,
 ) -> dict[str, Step]:
     """The same train step in four ways, from the same parameters, adapters and tokens.
 
@@ -50,7 +51,7 @@ def steps(
     tokens = jax.random.randint(keys[0], (batch, length + 1), 0, model.vocab)
     init = jax.jit(model.init, compiler_options=RUN_ONCE)
     params = init(keys[1], tokens[:, :-1])["params"]
-    config = jaxlora.LoraConfig(rank=rank, alpha=alpha, targets=list(models.TARGETS))
+    config = jaxlora.LoraConfig(rank=rank, alpha=alpha, targets=list(models.TARGETS), dora=dora)
     roles = jaxlora.trace_roles(_of_params(model.apply), params, tokens[:, :-1])
     lora = jaxlora.init(keys[2], params, config, roles=roles)
     trainable, frozen = jaxlora.partition(lora)
@@ -117,6 +118,43 @@ def remat() -> Benchmark:
 def unrolled() -> Benchmark:
     """Layers in a Python loop."""
     return _benchmark(models.Transformer(scan=False))
+
+
+def dora() -> Benchmark:
+    """DoRA against LoRA, both jaxlora's, on a transformer 1,024 wide with scanned layers."""
+    return _dora_benchmark(scan=True)
+
+
+def dora_unrolled() -> Benchmark:
+    """DoRA against LoRA, both jaxlora's, on a transformer 1,024 wide, layers in a Python loop."""
+    return _dora_benchmark(scan=False)
+
+
+def _dora_benchmark(scan: bool, batch: int = 4, length: int = 128) -> Benchmark:
+    model = models.Transformer(scan=scan, n_layers=2, width=1024, heads=16)
+    made = {
+        name: steps(model, batch=batch, length=length, rank=16, alpha=32.0, dora=dora)[PARTITION]
+        for name, dora in (("LoRA", False), ("DoRA", True))
+    }
+    return Benchmark(
+        contestants={
+            name: train_contestant(step.step, step.state, *step.constants)
+            for name, step in made.items()
+        },
+        baseline="LoRA",
+        limits=[
+            Limit(figure=figure, contestant="DoRA", baseline="LoRA", at_most=1.08)
+            for figure in (TIME, "flops")
+        ],
+        settings={
+            "layers": model.n_layers,
+            "width": model.width,
+            "batch": batch,
+            "tokens": length,
+            "rank": 16,
+            "targets": "+".join(models.TARGETS),
+        },
+    )
 
 
 def _benchmark(model: models.Transformer, batch: int = 2, length: int = 128) -> Benchmark:

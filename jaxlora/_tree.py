@@ -287,30 +287,32 @@ def count_params(lora: Any) -> ParamCount:
 
 
 def summary(lora: Any) -> str:
-    """A table of what trains: path, shape, roles, rank, scale, parameters; then the totals.
+    """A table of what trains and how: LoRA, DoRA or in full; then the totals.
 
     >>> from jaxlora import LoraConfig, init
     >>> params = {"kernel": jnp.ones((30, 40)), "bias": jnp.ones(40)}
     >>> print(summary(init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"]))))
-    path    shape     roles  rank  scale  parameters
-    kernel  (30, 40)  io        2      1         140
+    path    shape     trains  roles  rank  scale  parameters
+    kernel  (30, 40)  LoRA    io        2      1         140
     140 of 1,240 parameters train (11.290%); 1 leaf is frozen
     """
-    rows = [("path", "shape", "roles", "rank", "scale", "parameters")]
+    rows = [("path", "shape", "trains", "roles", "rank", "scale", "parameters")]
     total = count_params(lora)
     pairs, _ = _paths.flatten_with_paths(lora, is_leaf=is_node)
     for path, leaf in pairs:
         count = f"{_count(leaf).trainable:,}"
         if isinstance(leaf, LoraWeight):
-            rows.append(
-                (path, str(leaf.shape), leaf.roles, str(leaf.rank), _scale_text(leaf.scale), count)
-            )
+            kind = "LoRA" if leaf.magnitude is None else "DoRA"
+            how = kind, leaf.roles, str(leaf.rank), _scale_text(leaf.scale)
         elif isinstance(leaf, FullWeight):
-            rows.append((path, str(leaf.shape), "full", "", "", count))
+            how = "in full", "", "", ""
+        else:
+            continue
+        rows.append((path, str(leaf.shape), *how, count))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if k < 3 else cell.rjust(width)
+            cell.ljust(width) if k < 4 else cell.rjust(width)
             for k, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -10,6 +10,7 @@ from cases import (  # noqa: F401
     convolutions,
     equinox,
     experts,
+    family,
     haiku,
     linen,
     lookups,
@@ -18,5 +19,7 @@ from cases import (  # noqa: F401
     structure,
 )
 from cases._registry import CASES, Case
+
+family.register()
 
 __all__ = ["CASES", "Case"]
