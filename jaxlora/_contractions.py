@@ -397,20 +397,31 @@ class RaggedDot(Contraction):
         return ragged_product(self.eqn, x, w, self.sizes)
 
     def gain_on_x(self, node: Factored, t: Term, x: Any) -> Any:
-        raise Unfactorable("it sums over the columns of DoRA")
+        axes = [*self.x_batch, self.ragged, *self.x_summed]
+        rows = [x.shape[k] for k in axes[: len(self.x_batch) + 1]]
+        gain = self._of_rows(node, t, self.summed, rows, len(self.x_batch))
+        gain = lax.transpose(gain, sorted(range(len(axes)), key=axes.__getitem__))
+        return lax.expand_dims(gain, [k for k in range(x.ndim) if k not in axes])
 
     def gain_on_y(self, node: Factored, t: Term, y: Any) -> Any:
-        # A row's gain is its group's: what a ragged product with a single one picks.
-        groups = [*self.batch, *self.free]
+        rows = y.shape[: y.ndim - len(self.free)]
+        return self._of_rows(node, t, self.free, rows, self._row())
+
+    def _of_rows(
+        self, node: Factored, t: Term, dims: Dims, rows: Sequence[int], ragged: int
+    ) -> Any:
+        """A term's excess over `dims`, of each row its group's: (rows..., dims...).
+
+        A ragged product with a single one picks it.
+        """
+        groups = [*self.batch, *dims]
         gain = t.gain_along({d: k for k, d in enumerate(groups)}, len(groups))
         gain = jnp.broadcast_to(gain, [node.shape[d] for d in groups])
         gain = jnp.expand_dims(gain, len(self.batch))
-        rows = jnp.ones((*y.shape[: y.ndim - len(self.free)], 1), gain.dtype)
-        n_batch = len(self.batch) - 1
-        highest = {"precision": lax.Precision.HIGHEST, "preferred_element_type": gain.dtype}
-        return self._meet(
-            rows, gain, (rows.ndim - 1,), tuple(range(n_batch)), self._row(), 1, None, **highest
-        )
+        batch = tuple(range(len(self.x_batch)))
+        exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": gain.dtype}
+        ones = jnp.ones((*rows, 1), gain.dtype)
+        return self._meet(ones, gain, (len(rows),), batch, ragged, 1, None, **exact)
 
     def _row(self) -> int:
         """The axis of the result that is ragged."""

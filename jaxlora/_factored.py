@@ -291,8 +291,6 @@ class Factored(Node):
         return [tuple(range(len(self.shape))), *(f.dims for t in self.terms for f in t.factors)]
 
     def moved(self, move: Move, w: Any) -> Any:
-        if move.fills and any(t.excess is not None for t in self.terms):
-            raise Unfactorable("it fills up a weight whose columns DoRA scales")
         picked = self.picked | move.picked
         node = self.replace(
             w=w,
@@ -314,6 +312,8 @@ class Factored(Node):
         # A lookup of some rows (an embedding) is an activation from here on. As many rows as there
         # are may be a permutation of the weight, and stay one until they are used.
         rows = node._all_picked("i") and w.size < self.w.size
+        if not rows and any(t.grows_along(d) for t in self.terms for d in move.fills):
+            raise Unfactorable("it fills up a weight whose columns DoRA scales")
         return node.sum(move.valid) if not node.terms or rows else node
 
     def dropped(self, d: int, leaves: Sequence[Any]) -> Factored:

@@ -107,7 +107,7 @@ class Move:
       changed: dims whose content changes, so that a window on them cannot be kept.
       valid: where a lookup that fills is within bounds, labelled by output dims; None: everywhere.
       traced: whether a traced value decides what is moved.
-      fills: whether it may put in numbers other than zero that are not W's.
+      fills: dims along which it may put in numbers other than zero that are not W's.
     """
 
     sources: tuple[tuple[int, ...], ...]
@@ -117,7 +117,7 @@ class Move:
     changed: frozenset[int] = frozenset()
     valid: Labelled | None = None
     traced: bool = False
-    fills: bool = False
+    fills: frozenset[int] = frozenset()
 
     def lone(self, d: int) -> int | None:
         """The output dim that is dim d as it was and nothing else; None if there is no such."""
@@ -283,7 +283,7 @@ def reverse(ndim: int, flipped: Iterable[int]) -> Move:
     return Move(tuple((d,) for d in range(ndim)), apply, changed=flip)
 
 
-def pad(config: Sequence[tuple[int, int, int]], fills: bool) -> Move:
+def pad(config: Sequence[tuple[int, int, int]], value: Any) -> Move:
     """The factors are padded with zeros, whatever W is padded with: the delta is zero there."""
 
     def apply(f: Labelled) -> Labelled:
@@ -291,6 +291,8 @@ def pad(config: Sequence[tuple[int, int, int]], fills: bool) -> Move:
         return Labelled(lax.pad(f.array, jnp.zeros((), f.array.dtype), padding), f.dims)
 
     changed = frozenset(d for d, widths in enumerate(config) if any(widths))
+    zero = not isinstance(value, jax.core.Tracer) and value == 0
+    fills = frozenset() if zero else changed
     return Move(tuple((d,) for d in range(len(config))), apply, changed=changed, fills=fills)
 
 
@@ -361,7 +363,7 @@ def gather(
         limit = jnp.array([shape[d] - sizes[d] for d in dn.start_index_map], indices.dtype)
         valid = Labelled(jnp.all((indices >= 0) & (indices <= limit), axis=-1), tuple(batch_out))
     fill = params.get("fill_value")  # None is NaN, which DoRA's columns do not change
-    fills = valid is not None and fill is not None and not (fill == 0 or fill != fill)
+    known = valid is None or fill is None or fill == 0 or fill != fill
     return Move(
         tuple(sources),
         apply,
@@ -370,7 +372,7 @@ def gather(
         frozenset(changed),
         valid,
         traced=True,
-        fills=fills,
+        fills=frozenset() if known else frozenset(dn.start_index_map),
     )
 
 

@@ -174,8 +174,7 @@ def _rev(shape, params) -> Move:
 
 @structural("pad")
 def _pad(shape, params, value) -> Move:
-    concrete = not isinstance(value, jax.core.Tracer)
-    return moves.pad(params["padding_config"], fills=not (concrete and value == 0))
+    return moves.pad(params["padding_config"], value)
 
 
 @structural("gather")

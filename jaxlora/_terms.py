@@ -88,16 +88,19 @@ class Term:
         """The same term, with dim d of size n in its factors if it was constant along d."""
         if d in self.a.dims or d in self.b.dims:
             return self
-        return dataclasses.replace(self, a=self.a.spread(d, n), b=self.b.spread(d, n))
+        term = dataclasses.replace(self, a=self.a.spread(d, n), b=self.b.spread(d, n))
+        return term.gained(d, n)
+
+    def gained(self, d: int, n: int) -> Term:
+        """The same term, with dim d of size n in its excess."""
+        if self.excess is None or d in self.excess.dims:
+            return self
+        return dataclasses.replace(self, excess=self.excess.spread(d, n))
 
     def windowed(self, d: int, n: int, window: tuple[int, int]) -> Term:
         """The same term as the window (start, size of the whole) of dim d, itself of size n."""
-        term = self.filled([d]).spread(d, n)
-        if term.excess is not None and d not in term.excess.dims:
-            term = dataclasses.replace(term, excess=term.excess.spread(d, n))
-        return dataclasses.replace(
-            term, window=tuple(sorted({**dict(term.window), d: window}.items()))
-        )
+        term = self.filled([d]).spread(d, n).gained(d, n)
+        return term.each(lambda f: f, dict(term.window) | {d: window})
 
     def at(self, index: Any) -> Term:
         """The same term, one equation or one step of a loop further in."""
@@ -136,6 +139,10 @@ class Term:
         """The dims of W along which its excess varies."""
         dims = () if self.excess is None else self.excess.dims
         return {d for d in dims if self.size(d) != 1 or d in dict(self.window)}
+
+    def grows_along(self, d: int) -> bool:
+        """Whether numbers put in along dim d, which are not W's, would grow as W does."""
+        return self.excess is not None and d in self.a.dims and d not in self.excess.dims
 
     def gain_along(self, axes: Mapping[int, int], ndim: int) -> jax.Array:
         """The excess as an array of `ndim` axes, 1 long where it is constant.
