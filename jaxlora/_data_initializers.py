@@ -13,9 +13,17 @@ import numpy as np
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
-from jaxlora._moments import Moments, is_concrete, moments_of
+from jaxlora._moments import Moments, moments_of
 from jaxlora._svd_initializers import balanced, check_niter, truncated_svd
-from jaxlora._target import Initializer, Target, check_rank, factor_shapes, moved, wide_matrix
+from jaxlora._target import (
+    Initializer,
+    Target,
+    check_rank,
+    factor_shapes,
+    known,
+    moved,
+    wide_matrix,
+)
 
 Mode = Literal["ipm", "kpm"]
 Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
@@ -150,7 +158,8 @@ def eva_ranks(
                 f"{path}: EVA without data: got statistics of 0 inputs, expected some. Give "
                 "batches that reach this weight, jaxlora.input_moments(fn, lora, batches)."
             )
-        values = np.linalg.eigvalsh(np.asarray(moments.scatter(), np.float64))[..., ::-1]
+        precise = jax.tree.map(lambda x: np.asarray(x, np.float64), moments)
+        values = np.linalg.eigvalsh(precise.scatter())[..., ::-1]
         whole = np.maximum(values.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
         explained = (values / whole).reshape(-1, values.shape[-1])
         cost[path] = len(explained)
@@ -362,7 +371,7 @@ def _gradient_of(found: Mapping[str, Any], w: Any, target: Target) -> Any:
             f"{target.path}: got a gradient of shape {jnp.shape(gradient)}, expected "
             f"{tuple(w.shape)}, the weight's. Take it of these params: jax.grad(loss)(params)."
         )
-    if is_concrete(gradient) and not bool(jnp.any(jnp.abs(gradient) > 0)):
+    if known(lambda g: jnp.any(jnp.abs(g) > 0), gradient) == 0:
         raise TargetError(
             f"{target.path}: got a gradient without a number other than zero, expected one with "
             "directions. Is the weight used in the loss? If not, leave it out, "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlora import _paths
 from jaxlora._errors import TargetError
 from jaxlora._matrix import split_shape
-from jaxlora._target import Target
+from jaxlora._target import Target, known
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,19 +39,13 @@ class Moments:
     total: Any
     second: Any
 
-    def scatter(self) -> jax.Array:
+    def scatter(self) -> Any:
         r"""sum of (x - mean) (x - mean)^T: (stacked..., n, n)."""
-        total, count = jnp.asarray(self.total), jnp.asarray(self.count)
-        outer = total[..., :, None] * total[..., None, :]
-        return self.second - outer / count[..., None, None]
+        outer = self.total[..., :, None] * self.total[..., None, :]
+        return self.second - outer / self.count[..., None, None]
 
 
 jax.tree_util.register_dataclass(Moments, data_fields=["count", "total", "second"], meta_fields=[])
-
-
-def is_concrete(x: Any) -> bool:
-    """Whether the numbers of an array can be looked at."""
-    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
 def moments_of(stats: Mapping[str, Moments], w: Any, target: Target, method: str) -> Moments:
@@ -87,16 +81,15 @@ def moments_of(stats: Mapping[str, Moments], w: Any, target: Target, method: str
             f"{expected[1]} for w of shape {tuple(w.shape)} and roles {target.roles!r}. "
             f"Collect them with the same params: {call}."
         )
-    if is_concrete(moments.count):
-        count = float(jnp.min(moments.count))
-        if count == 0:
-            raise TargetError(
-                f"{path}: {method} without data: got statistics of 0 inputs, expected some. Give "
-                f"batches that reach this weight, {call}, or leave it out, {exclude}."
-            )
-        if count < target.rank:
-            raise TargetError(
-                f"{path}: got statistics of {count:g} inputs for {method}, expected as many as "
-                f"the rank, {target.rank}, at the least. Give more batches: {call}."
-            )
+    count = known(jnp.min, moments.count)
+    if count == 0:
+        raise TargetError(
+            f"{path}: {method} without data: got statistics of 0 inputs, expected some. Give "
+            f"batches that reach this weight, {call}, or leave it out, {exclude}."
+        )
+    if count is not None and count < target.rank:
+        raise TargetError(
+            f"{path}: got statistics of {count:g} inputs for {method}, expected as many as the "
+            f"rank, {target.rank}, at the least. Give more batches: {call}."
+        )
     return moments

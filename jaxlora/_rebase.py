@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
-from jaxlora._moments import is_concrete
+from jaxlora._target import known
 from jaxlora._weight import LoraWeight, delta, is_node
 
 
@@ -87,11 +87,16 @@ def _check_original(path: str, original: Any, w: Any, start: jax.Array) -> None:
             f"{path}: got {got} in `params`, expected {w.dtype}{tuple(w.shape)}: the params that "
             "jaxlora.init was given."
         )
-    if not is_concrete(start) or not is_concrete(original):
+
+    def largest(*arrays: Any) -> jax.Array:
+        each = [jnp.max(jnp.abs(jnp.asarray(x)), initial=0) for x in arrays]
+        return jnp.max(jnp.array(each, start.dtype))
+
+    error = known(lambda x, y: largest(x - jnp.asarray(y)), start, original)
+    size = known(largest, w, original, start)
+    if error is None or size is None:
         return
-    error = float(jnp.max(jnp.abs(start - jnp.asarray(original).astype(start.dtype)), initial=0))
-    largest = max(float(jnp.max(jnp.abs(jnp.asarray(x)), initial=0)) for x in (w, original, start))
-    if not error <= 4 * float(jnp.finfo(w.dtype).eps) * largest:
+    if not error <= 4 * float(jnp.finfo(w.dtype).eps) * size:
         raise TargetError(
             f"{path}: got a weight in `params` that differs by {error:.3g} from what the adapter "
             "started from, expected the same: the params that jaxlora.init was given. After an "
@@ -116,8 +121,7 @@ def _partner(path: str, after: LoraWeight, before: Any) -> LoraWeight:
             raise TargetError(
                 f"{path}: got {what} {x!r} in `initial`, expected {y!r}, as in `lora`. {hint}"
             )
-    scales = (before.scale, after.scale)
-    if all(map(is_concrete, scales)) and not bool(jnp.all(before.scale == after.scale)):
+    if known(lambda x, y: jnp.any(x != y), before.scale, after.scale):
         raise TargetError(
             f"{path}: got a scale of {before.scale} in `initial` and of {after.scale} in `lora`, "
             "expected the same. Rebase first, and change the strength of the plain adapter: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -99,6 +100,14 @@ def moved(
     kept_a, kept_b = (x.astype(target.dtype).astype(matrix.dtype) for x in (a, b))
     rest = from_matrix(matrix - product(kept_a, kept_b, target), w.shape, target.roles)
     return rest.astype(jnp.asarray(w).dtype), *factors(w, a, b, target)
+
+
+def known(f: Callable[..., Any], *arrays: Any) -> float | None:
+    """f(*arrays) as a number, also while something else is traced; None if one of them is."""
+    if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in arrays):
+        return None
+    with jax.ensure_compile_time_eval():
+        return float(f(*arrays))
 
 
 def check_rank(w: Any, target: Target, method: str, times: int = 1) -> None:

@@ -1,18 +1,20 @@
 """Writes tests/references/initializers.npz: what PEFT's initializers make of small linear layers.
 
-Run by a developer, where torch, peft, bitsandbytes and transformers are installed (written with
-torch 2.13, peft 0.21.2, bitsandbytes 0.50.2, on a CPU), from the root of the repository:
+Run by a developer, where torch, peft, bitsandbytes and attrs are installed (written with torch
+2.13, peft 0.21.2, bitsandbytes 0.50.2, on a CPU), from the root of the repository:
 
     python tests/oracle/initializers.py
 
-Of each method `m`: `m/base`, `m/A`, `m/B` are PEFT's, in torch's orientation: base (O, I), A (R, I),
-B (O, R). `weight` is what all start from, (O, I); `inputs` and `gradient` are the data; the scale is
-1.5, for loftq 1.
+Of each method `m`: `m/base`, `m/A`, `m/B` are PEFT's, in torch's orientation: base (O, I),
+A (R, I), B (O, R). `weight` is what all start from, (O, I); `inputs` and `gradient` are the data;
+the scale is 1.5, for loftq 1. Of EVA's three layers: `eva/<layer>/inputs`, `A`, `scale`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 import pathlib
 
 REFERENCES = pathlib.Path(__file__).parent.parent / "references"
@@ -29,7 +31,8 @@ def main() -> None:
     from peft.tuners.lora.corda import preprocess_corda
 
     torch.manual_seed(0)
-    weight = torch.randn(N_OUT, N_IN)
+    u, _, vt = torch.linalg.svd(torch.randn(N_OUT, N_IN), full_matrices=False)
+    weight = u @ torch.diag(4 * 0.6 ** torch.arange(N_OUT)) @ vt  # gaps: few iterations suffice
     inputs = torch.randn(40, N_IN) * 0.7 ** torch.arange(N_IN) + 0.3
     cotangent = torch.randn(40, N_OUT)
     found = {"weight": weight.numpy(), "inputs": inputs.numpy()}
@@ -93,20 +96,19 @@ def eva(torch, peft) -> dict:
 
     torch.manual_seed(1)
     sizes = (12, 12, 10, 3)
-    layers = [torch.nn.Linear(n, m) for n, m in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = [torch.nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
     layers[1].weight.data *= 3 * 0.5 ** torch.arange(12)
     base = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
-    x = torch.randn(60, 12) * 0.75 ** torch.arange(12) + 0.5
+    x = torch.randn(24, 12) * 0.75 ** torch.arange(12) + 0.5
     found = {}
 
     def record(name):
         return lambda module, args, out: found.__setitem__(name, args[0].detach().numpy())
 
-    for k in (0, 2, 4):
-        base[k].register_forward_hook(record(f"eva/{k}/inputs")).__call__ = None
+    hooks = [base[k].register_forward_hook(record(f"eva/{k}/inputs")) for k in (0, 2, 4)]
     base(x)
-    for k in (0, 2, 4):
-        base[k]._forward_hooks.clear()
+    for hook in hooks:
+        hook.remove()
 
     for whiten in (False, True):
         settings = peft.LoraConfig(
@@ -116,7 +118,7 @@ def eva(torch, peft) -> dict:
             target_modules=["0", "2", "4"],
             eva_config=EvaConfig(rho=2.0, tau=0.99, whiten=whiten),
         )
-        model = peft.get_peft_model(copy_of(torch, base), settings)
+        model = peft.get_peft_model(copy.deepcopy(base), settings)
         initialize_lora_eva_weights(
             model,
             [{"x": x}],
@@ -136,12 +138,6 @@ def eva(torch, peft) -> dict:
     return found
 
 
-def copy_of(torch, model):
-    import copy
-
-    return copy.deepcopy(model)
-
-
 @contextlib.contextmanager
 def everything_on_the_cpu():
     """PEFT's LoftQ asks for a GPU by name; its arithmetic does not need one."""
@@ -150,9 +146,8 @@ def everything_on_the_cpu():
     there = torch.Tensor.to
 
     def here(self, *args, **kwargs):
-        args = tuple("cpu" if x == "cuda" else x for x in args)
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
+        args = tuple("cpu" if str(x) == "cuda" else x for x in args)
+        kwargs = {k: "cpu" if str(x) == "cuda" else x for k, x in kwargs.items()}
         return there(self, *args, **kwargs)
 
     torch.Tensor.to = here
