@@ -5,6 +5,7 @@ from jaxlora._apply import lora_apply
 from jaxlora._config import LoraConfig
 from jaxlora._errors import MaterializeError, RolesError, TargetError
 from jaxlora._init import init
+from jaxlora._rebase import rebase
 from jaxlora._roles import TracedRoles, trace_roles
 from jaxlora._tree import (
     ParamCount,
@@ -43,6 +44,7 @@ __all__ = [
     "merge",
     "optim",
     "partition",
+    "rebase",
     "summary",
     "trace_roles",
     "trainable_mask",

@@ -14,6 +14,7 @@ from jaxlora._config import ALL_LINEAR, LoraConfig
 from jaxlora._errors import RolesError, TargetError
 from jaxlora._matrix import split_shape
 from jaxlora._roles import LOOKUP, OTHER, TracedRoles, agree, swapped
+from jaxlora._target import Target
 from jaxlora._weight import (
     FullWeight,
     LoraWeight,
@@ -21,7 +22,6 @@ from jaxlora._weight import (
     is_node,
     with_magnitude,
 )
-from jaxlora.initializers import Target
 
 _IO_NAMES = ("kernel", "embedding")  # Flax's own names for (in, out) matrices
 _BIAS_NAMES = ("bias", "b")
@@ -89,7 +89,7 @@ def init(
     _check_shared(params, full.union(targets))
     if roles is not None and not isinstance(roles, TracedRoles):
         for path in roles:
-            if _lookup(leaves, path) is None:
+            if _paths.lookup(leaves, path) is None:
                 raise _no_match("roles", path, leaves)
     for field in ("rank_pattern", "alpha_pattern", "roles"):
         among = leaves if field == "roles" else targets
@@ -129,7 +129,7 @@ def init(
 def _is_looked_up(path: str, roles: Mapping[str, str] | None) -> bool:
     """Whether the model looks rows of a weight up; untraced, whether it has an embedding's name."""
     if isinstance(roles, TracedRoles):
-        return any(use.kind == LOOKUP for use in _lookup(roles.uses, path) or ())
+        return any(use.kind == LOOKUP for use in _paths.lookup(roles.uses, path) or ())
     return _paths.leaf_name(path) == "embedding"
 
 
@@ -289,7 +289,7 @@ def _no_match(field: str, pattern: str, paths: Iterable[str], kind: str = "") ->
 def _roles_of(path: str, leaf: Any, config: LoraConfig, given: Mapping[str, str] | None) -> str:
     """Declared roles, else given ones, else Flax's own for a two-dimensional kernel."""
     traced = given if isinstance(given, TracedRoles) else None
-    uses = _lookup(traced.uses, path) if traced is not None else None
+    uses = _paths.lookup(traced.uses, path) if traced is not None else None
     if traced is not None and uses is None:
         raise TargetError(
             f"{path}: not among the {len(traced.uses)} leaves of the traced params, expected the "
@@ -301,7 +301,7 @@ def _roles_of(path: str, leaf: Any, config: LoraConfig, given: Mapping[str, str]
             f"train. Leave it out: LoraConfig(..., exclude=[{_paths.short(path)!r}])."
         )
     declared = config.roles_of(path)
-    found = declared or _lookup(given or {}, path)
+    found = declared or _paths.lookup(given or {}, path)
     example = f"LoraConfig(..., roles={{{_paths.short(path)!r}: '...'}})"
     if found is None and uses:
         seen = _paths.listing(dict.fromkeys(str(use) for use in uses))
@@ -330,13 +330,6 @@ def _roles_of(path: str, leaf: Any, config: LoraConfig, given: Mapping[str, str]
                 "traced roles."
             )
     return found
-
-
-def _lookup(table: Mapping[str, Any], path: str) -> Any:
-    """The entry of a path, a leading `params/` on either side left out."""
-    if path in table:
-        return table[path]
-    return next((v for p, v in table.items() if _paths.short(p) == _paths.short(path)), None)
 
 
 def _fits(declared: str, use: str) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -85,6 +85,17 @@ def short(path: str) -> str:
     ('dense/kernel', 'dense/kernel')
     """
     return path.removeprefix("params/")
+
+
+def lookup(table: Mapping[str, Any], path: str) -> Any:
+    """The entry of a path, a leading `params/` on either side left out; None if there is none.
+
+    >>> lookup({"dense/kernel": 1}, "params/dense/kernel")
+    1
+    """
+    if path in table:
+        return table[path]
+    return next((v for p, v in table.items() if short(p) == short(path)), None)
 
 
 def key_of(key: jax.Array, path: str) -> jax.Array:

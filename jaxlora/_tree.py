@@ -55,6 +55,9 @@ def merge(lora: Any) -> Any:
 def base_params(lora: Any) -> Any:
     """The params that `init` was given, untouched: LoRA off.
 
+    After an initializer that moves the base (`pissa`, say), the moved ones: LoRA off is then
+    `base_params(rebase(lora, initial, params))`.
+
     >>> from jaxlora import LoraConfig, init
     >>> params = {"kernel": jnp.ones((3, 4))}
     >>> lora = init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"]))
