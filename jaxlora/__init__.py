@@ -2,6 +2,7 @@
 
 from jaxlora import initializers, optim
 from jaxlora._apply import lora_apply
+from jaxlora._collect import input_moments
 from jaxlora._config import LoraConfig
 from jaxlora._errors import MaterializeError, RolesError, TargetError
 from jaxlora._init import init
@@ -40,6 +41,7 @@ __all__ = [
     "freeze_base",
     "init",
     "initializers",
+    "input_moments",
     "lora_apply",
     "merge",
     "optim",

@@ -95,6 +95,14 @@ class Contraction:
         """
         raise NotImplementedError
 
+    def met(self, node: Factored, t: Term, x: Any, y: Any) -> Labelled:
+        """x as it meets the term's first factor: labelled by W's dims, RANK, and dims of its own.
+
+        Raises:
+          Unfactorable: the kind of contraction has no such form.
+        """
+        raise Unfactorable("its inputs have no form of their own")
+
     def operand(self, node: Factored, x: Any, y: Any) -> Any:
         """x in the dtype in which it meets the adapter.
 
@@ -198,6 +206,12 @@ class Dot(Contraction):
             self.eqn.params["precision"],
         )
 
+    def met(self, node: Factored, t: Term, x: Any, y: Any) -> Labelled:
+        x_dims, out = self._labels(x)
+        start, end = self.order(node, t)
+        x = Labelled(self.operand(node, x, y), x_dims)
+        return _met(x, t, start, end, self.summed, out, self.first, self.eqn.params["precision"])
+
 
 # Inlined where it is used, as `jax.numpy`'s own functions are: the layers of a model are alike, so
 # that only the first one's is traced.
@@ -226,6 +240,29 @@ def _dot_share(
     """
     start, end = (t.a, t.b) if a_first else (t.b, t.a)
     summed, batch, free = dims
+    h = _met(x, t, start, end, summed, out, first, precision)
+    h = times(h, t.scale, h.array.dtype)
+    part = _product(end, h, [d for d in out if d in h.dims or d in end.dims], first, precision)
+    part = Labelled(part.array, tuple(out.index(d) for d in part.dims))
+    return t.placed(part, {d: out.index(d) for d in (*batch, *free)}, shape)
+
+
+def _product(f: Labelled, y: Labelled, out: Sequence[int], first: bool, precision: Any) -> Labelled:
+    f = Labelled(f.array.astype(y.array.dtype), f.dims)
+    return contract(*((f, y) if first else (y, f)), out, precision)
+
+
+def _met(
+    x: Labelled,
+    t: Term,
+    start: Labelled,
+    end: Labelled,
+    summed: Dims,
+    out: Dims,
+    first: bool,
+    precision: Any,
+) -> Labelled:
+    """x times the factor that it meets first."""
     array, x_dims = x.array, list(x.dims)
     for d, (at, _) in t.window:
         if d in x_dims:
@@ -236,20 +273,13 @@ def _dot_share(
         array = array.sum([x_dims.index(d) for d in constant], dtype=array.dtype)
     x = Labelled(array, tuple(d for d in x_dims if d not in constant))
 
-    def product(f: Labelled, y: Labelled, result: Sequence[int]) -> Labelled:
-        f = Labelled(f.array.astype(y.array.dtype), f.dims)
-        return contract(*((f, y) if first else (y, f)), result, precision)
-
     later = {*end.dims, *out}  # stacked dims stay for the second factor even if contracted
     kept_x = [d for d in x.dims if d not in start.dims or d in later]
     kept_f = [d for d in start.dims if d not in kept_x and (d in later or d == RANK)]
     together = [d for d in kept_x if d in start.dims]
     alone = [d for d in kept_x if d not in start.dims]
-    h = product(start, x, [*together, *(kept_f + alone if first else alone + kept_f)])
-    h = times(h, t.scale, h.array.dtype)
-    part = product(end, h, [d for d in out if d in h.dims or d in end.dims])
-    part = Labelled(part.array, tuple(out.index(d) for d in part.dims))
-    return t.placed(part, {d: out.index(d) for d in (*batch, *free)}, shape)
+    order = [*together, *(kept_f + alone if first else alone + kept_f)]
+    return _product(start, x, order, first, precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,16 +310,33 @@ class Conv(Contraction):
         return t.gain_along({rhs[0]: out[1]}, y.ndim)
 
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
-        t = t.filled(d for d, _ in t.window)
-        start, end = self.order(node, t)
-        x, shape = self.operand(node, x, y), node.shape
-        lhs, (out_dim, in_dim, *_), out = self.eqn.params["dimension_numbers"]
-        first = [d for d in self.window if d in start.dims or d not in end.dims]
-        second = [d for d in self.window if d not in first]
-        h = self._step(x, lhs, start, (in_dim, RANK), first, shape)
+        t, shape = t.filled(d for d, _ in t.window), node.shape
+        (out_dim, *_), out = self.eqn.params["dimension_numbers"][1:]
+        _, end = self.order(node, t)
+        h, second = self._first(node, t, x, y)
         scale = whole(t.scale, [], shape)
         h = times(Labelled(h, tuple(range(h.ndim))), Labelled(scale, ()), x.dtype).array
         return self._step(h, out, end, (RANK, out_dim), second, shape)
+
+    def _first(self, node: Factored, t: Term, x: Any, y: Any) -> tuple[Any, list[int]]:
+        """x through the factor that it meets first, and the window dims left for the second."""
+        start, end = self.order(node, t)
+        x, lhs = self.operand(node, x, y), self.eqn.params["dimension_numbers"].lhs_spec
+        in_dim = self.eqn.params["dimension_numbers"].rhs_spec[1]
+        first = [d for d in self.window if d in start.dims or d not in end.dims]
+        second = [d for d in self.window if d not in first]
+        return self._step(x, lhs, start, (in_dim, RANK), first, node.shape), second
+
+    def met(self, node: Factored, t: Term, x: Any, y: Any) -> Labelled:
+        t = t.filled(d for d, _ in t.window)
+        h, _ = self._first(node, t, x, y)
+        # Each group's channels are inputs of their own.
+        c, groups = self.eqn.params["dimension_numbers"].out_spec[1], -1
+        rank = t.a.array.shape[t.a.dims.index(RANK)]
+        h = h.reshape(*h.shape[:c], groups, rank, *h.shape[c + 1 :])
+        labels = list(range(self.ndim, self.ndim + h.ndim))
+        labels[c + 1] = RANK
+        return Labelled(h, tuple(labels))
 
     def _step(
         self, x: Any, spec: Dims, f: Labelled, channels: Dims, slide: Sequence[int], shape: Any

@@ -64,7 +64,7 @@ class Term:
         kept = self.window if window is None else tuple(sorted(window.items()))
         excess = None if self.excess is None else f(self.excess)
         dropout = None if self.dropout is None else self.dropout.each(f)
-        return Term(f(self.a), f(self.b), f(self.scale), excess, dropout, kept)
+        return type(self)(f(self.a), f(self.b), f(self.scale), excess, dropout, kept)
 
     def filled(self, dims: Iterable[int]) -> Term:
         """The same term with no window on `dims`: its factors padded with zeros."""

@@ -37,6 +37,7 @@ ORDER = [
     "_sharded",
     "_control_flow",
     "_apply",
+    "_collect",
     "_roles",
     "_init",
     "_tree",
