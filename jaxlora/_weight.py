@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from jaxlora import _compat
 from jaxlora._errors import RolesError, TargetError
 from jaxlora._matrix import ROLE_LETTERS, factors_to_matrix, from_matrix, split_shape
 
@@ -312,12 +314,29 @@ def column_norm(lw: LoraWeight) -> jax.Array:
     squared = _squared_norm(w, lw.roles) if lw.squared_norm is None else lw.squared_norm
 
     def einsum(spec: str, x: Any, y: Any) -> jax.Array:
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.einsum(spec, x, y, precision=highest, preferred_element_type=dtype)
+        ins, out = spec.split("->")
+        along: dict[str, Any] = {}
+        for letters, array in zip(ins.split(","), (x, y), strict=True):
+            named = zip(letters, _compat.explicit_spec(array), strict=True)
+            along |= {letter: axis for letter, axis in named if axis is not None}
+        # JAX asks for the sharding of what is summed over sharded dims: that of what is left.
+        ambiguous = set(along) - set(out)
+        return jnp.einsum(
+            spec,
+            x,
+            y,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+            out_sharding=P(*(along.get(letter) for letter in out)) if ambiguous else None,
+        )
 
     aw = einsum(f"{s}{i}y,{letters}->{s}y{o}", a.astype(w.dtype), jnp.asarray(w))
     a, b = a.astype(dtype), b.astype(dtype)
     aa = einsum(f"{s}{i}y,{s}{i}z->{s}yz", a, a)
+    # Within a shard_map over the inputs, where the norm that is kept is of all of them.
+    blocks = tuple(sorted(_compat.varying(aw) - _compat.varying(squared)))
+    if blocks:
+        aw, aa = jax.lax.psum((aw, aa), blocks)
     aab = einsum(f"{s}yz,{s}z{o}->{s}y{o}", aa, b)
     scale = scale.astype(dtype).reshape(*scale.shape, *(1,) * (len(o) + 1))
     added = jnp.sum(scale * (2 * aw + scale * aab) * b, axis=len(s))

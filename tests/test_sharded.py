@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from cases.sharded import MESH, sharded
 from helpers import assert_close, randomized
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxlora
@@ -224,3 +226,55 @@ def test_ragged_dot_in_an_explicit_mesh():
             x, p["w"], jnp.array([2, 1, 3]), numbers, out_sharding=P(None, None)
         )
         assert_close(jaxlora.lora_apply(fn)(lora, x), fn(jaxlora.merge(lora), x))
+
+
+# --- DoRA and dropout -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [P("model", None), P(None, "model"), P("data", "model"), P()])
+def test_dora_inside_a_shard_map(spec):
+    """`lora_apply` within the shard_map: the norm is that of all inputs, not of a block's."""
+    lora = adapted((8, 6), dora=True)
+    inputs, outputs = (*spec, None, None)[:2]
+    leaves, treedef = jax.tree.flatten(lora["w"])
+    by_field = [P(inputs, outputs), P(inputs, None), P(None, outputs), P(), P(outputs), P(outputs)]
+    assert len(leaves) == len(by_field)  # w, a, b, scale, magnitude, squared_norm
+    specs = {"w": jax.tree.unflatten(treedef, by_field)}
+    apply = jaxlora.lora_apply(lambda params, x: x @ params["w"])
+
+    def block(lora, x):
+        y = apply(lora, x)
+        return y if inputs is None else jax.lax.psum(y, inputs)
+
+    x = jax.random.normal(jax.random.key(2), (3, 8))
+    got = jax.shard_map(
+        block, mesh=MESH, in_specs=(specs, P(None, inputs)), out_specs=P(None, outputs)
+    )(lora, x)
+    assert_close(got, x @ jaxlora.merge(lora)["w"])
+
+
+@pytest.mark.parametrize("w_spec", [P("model", None), P("data", "model"), P()])
+def test_dora_and_dropout_in_an_explicit_mesh(w_spec):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    fn = lambda params, x: jnp.dot(x, params["w"], out_sharding=P("data", "model"))
+    plain, x = adapted((8, 6), dora=True, dropout=0.5), jax.random.normal(KEY, (4, 8))
+    expected = x @ jaxlora.merge(plain)["w"]
+    dropped = jaxlora.lora_apply(lambda params, x: x @ params["w"])(
+        jaxlora.with_dropout(plain, jax.random.key(2)), x
+    )
+    with jax.set_mesh(mesh):
+        place = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
+        lora = {
+            "w": dataclasses.replace(
+                plain["w"],
+                w=place(plain["w"].w, w_spec),
+                a=place(plain["w"].a, P((*w_spec, None)[0], None)),
+                b=place(plain["w"].b, P(None, (*w_spec, None, None)[1])),
+            )
+        }
+        x = place(x, P("data", None))
+        apply = jaxlora.lora_apply(fn)
+        assert_close(apply(lora, x), expected)
+        assert_close(apply(jaxlora.with_dropout(lora, jax.random.key(2)), x), dropped)
+        loss = lambda lora: apply(jaxlora.with_dropout(lora, jax.random.key(2)), x).sum()
+        assert jax.tree.structure(jax.grad(loss)(lora)) == jax.tree.structure(lora)
