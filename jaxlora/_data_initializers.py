@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import re
 from collections.abc import Mapping
@@ -52,7 +53,8 @@ def eva(stats: Mapping[str, Moments], whiten: bool = False) -> Initializer:
 
     Args:
       stats: {path: Moments}, of `jaxlora.input_moments(fn, lora, batches)`.
-      whiten: divide direction k by d_k^(1/4), as PEFT does, whose singular values are d^(1/2).
+      whiten: divide direction k by d_k^(1/4), the root of its singular value, as in PEFT (whose d
+        grows, for all k alike, with each pass that it makes over the data).
 
     Returns:
       The initializer; it raises a TargetError for an embedding, for a path that `stats` lacks, for
@@ -66,8 +68,8 @@ def eva(stats: Mapping[str, Moments], whiten: bool = False) -> Initializer:
     True
 
     References:
-      Paischer et al. 2024, One Initialization to Rule them All: Fine-tuning via Explained Variance
-      Adaptation, arXiv 2410.07170, section 3.
+      Paischer et al. 2024, Parameter Efficient Fine-tuning via Explained Variance Adaptation,
+      arXiv 2410.07170, section 3.
     """
 
     def init(key: jax.Array, w: Any, target: Target) -> tuple[Any, jax.Array, jax.Array]:
@@ -191,8 +193,7 @@ def corda(stats: Mapping[str, Moments], mode: Mode = "ipm") -> Initializer:
 
     where R stands for the R largest singular values ("ipm") or the R smallest ("kpm"). For inputs
     without structure, C = 1, and "ipm" is `pissa`. C gets 0.01 of its mean diagonal on the
-    diagonal, doubled until |C C^-1 - 1| < 0.05 in the Frobenius norm, all as PEFT does; the paper
-    adds only where C cannot be inverted.
+    diagonal, doubled until |C C^-1 - 1| < 0.05 in the Frobenius norm, as in PEFT.
 
     C's own scale changes neither a b nor w, only how their size is shared: PEFT divides each
     batch's inputs by their largest, sums, and divides by the number of batches, so that a and b
@@ -303,7 +304,7 @@ def lora_ga(
 
     Returns:
       The initializer; it raises a TargetError for a path that the gradients lack, for a gradient of
-      another shape, or of zeros or NaNs alone, and for 2 * rank above min(inputs, outputs).
+      another shape, of zeros alone or with NaNs, and for 2 * rank above min(inputs, outputs).
 
     >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["kernel"]) ** 2)
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (6, 4))}
@@ -371,10 +372,11 @@ def _gradient_of(found: Mapping[str, Any], w: Any, target: Target) -> Any:
             f"{target.path}: got a gradient of shape {jnp.shape(gradient)}, expected "
             f"{tuple(w.shape)}, the weight's. Take it of these params: jax.grad(loss)(params)."
         )
-    if known(lambda g: jnp.any(jnp.abs(g) > 0), gradient) == 0:
+    size = known(lambda g: jnp.sum(jnp.abs(g.astype(jnp.float32))), jnp.asarray(gradient))
+    if size is not None and not 0 < size < math.inf:
         raise TargetError(
-            f"{target.path}: got a gradient without a number other than zero, expected one with "
-            "directions. Is the weight used in the loss? If not, leave it out, "
+            f"{target.path}: got a gradient whose absolute values sum to {size:g}, expected a "
+            "finite number above zero. Is the weight used in the loss? If not, leave it out, "
             f"LoraConfig(..., exclude=[{_paths.short(target.path)!r}])."
         )
     return gradient

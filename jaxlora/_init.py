@@ -38,7 +38,8 @@ def init(
 
     Each target leaf W is replaced by a `LoraWeight(w=W, a, b, scale)`, and each leaf that the
     config trains in full by a `FullWeight(w=W, value=W)`; all others stay. With the default
-    initializer b = 0, so that the model starts where the base is.
+    initializer b = 0, so that the model starts where the base is. Some initializers move the base
+    instead: w + scale * a b = W.
 
     Args:
       key: of the random factors. Each path derives its own, so that another target changes none.

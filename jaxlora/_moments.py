@@ -92,4 +92,11 @@ def moments_of(stats: Mapping[str, Moments], w: Any, target: Target, method: str
             f"{path}: got statistics of {count:g} inputs for {method}, expected as many as the "
             f"rank, {target.rank}, at the least. Give more batches: {call}."
         )
+    least = known(lambda x: jnp.min(jnp.trace(x, axis1=-2, axis2=-1)), moments.second)
+    if least is not None and not 0 < least < math.inf:
+        raise TargetError(
+            f"{path}: got a sum of squared inputs of {least:g} for {method}, expected a finite "
+            "one above zero. Look for NaNs, or for a layer that is off, in the batches that "
+            f"{call} was given, or leave the weight out, {exclude}."
+        )
     return moments

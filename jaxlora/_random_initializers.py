@@ -75,7 +75,7 @@ def normal(stddev: float = 1.0) -> Initializer:
 def gaussian(key: jax.Array, w: Any, target: Target) -> tuple[Any, jax.Array, jax.Array]:
     r"""a ~ N(0, 1/R^2), b = 0: PEFT's "gaussian". For an embedding a = 0, b ~ N(0, 1).
 
-    The standard deviation is 1/R, which PEFT has from diffusers; the paper does not name one.
+    The paper draws a from a Gaussian too, and names no standard deviation; 1/R is PEFT's.
 
     >>> w, a, b = gaussian(jax.random.key(0), jnp.ones((8, 4)),
     ...                    Target(path="kernel", roles="io", rank=2, scale=1.0))

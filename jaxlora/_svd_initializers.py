@@ -130,8 +130,8 @@ def olora(key: jax.Array, w: Any, target: Target) -> tuple[Any, jax.Array, jax.A
         M = Q T,    a = (first R rows of T)^T,    b = (first R columns of Q)^T,
         w = W - scale * a b.
 
-    The base moves, as with `pissa`. a and b are not divided by the scale, neither in the paper nor
-    in PEFT, so that scale times that part of W is taken out of it; the model starts at W anyway.
+    The base moves, as with `pissa`. As in PEFT, a and b are not divided by the scale, so that scale
+    times that part of W is taken out of it; the model starts at W anyway.
 
     Raises:
       TargetError: the rank is above min(inputs, outputs).
@@ -187,7 +187,7 @@ def loftq(quantize: Callable[[jax.Array], Any], iterations: int = 1) -> Initiali
     True
 
     References:
-      Li et al. 2023, LoftQ, arXiv 2310.08659, section 3.2 and 3.3, algorithm 1.
+      Li et al. 2023, LoftQ, arXiv 2310.08659, sections 3.1 and 3.2, algorithm 1.
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise TargetError(

@@ -614,6 +614,9 @@ def test_statistics_that_do_not_fit(name, make):
     text = refused(make({"up/kernel": moments_of(np.ones((1, 4)))}))
     assert "got statistics of 1 inputs" in text
     assert "as many as the rank, 2" in text
+    for value, word in ((0.0, "0"), (np.nan, "nan")):
+        text = refused(make({"up/kernel": moments_of(np.full((5, 4), value))}))
+        assert f"got a sum of squared inputs of {word} for {name}" in text
 
 
 def test_gradients_that_do_not_fit():
@@ -623,7 +626,9 @@ def test_gradients_that_do_not_fit():
     text = refused(initializers.lora_ga({"up": {"kernel": jnp.ones((3, 4))}}))
     assert "got a gradient of shape (3, 4), expected (4, 3)" in text
     text = refused(initializers.lora_ga({"up": {"kernel": jnp.zeros((4, 3))}}))
-    assert "got a gradient without a number other than zero" in text
+    assert "got a gradient whose absolute values sum to 0, expected a finite number" in text
+    text = refused(initializers.lora_ga({"up": {"kernel": jnp.full((4, 3), jnp.nan)}}))
+    assert "sum to nan, expected" in text
 
 
 def test_a_quantizer_of_another_shape():
