@@ -1,10 +1,12 @@
 """LoRA for any JAX function: a pytree transform and a function transform."""
 
 from jaxlora import initializers, optim
+from jaxlora._adapters import scaled, weighted_sum
 from jaxlora._apply import lora_apply
 from jaxlora._config import LoraConfig
 from jaxlora._errors import MaterializeError, RolesError, TargetError
 from jaxlora._init import init
+from jaxlora._low_rank import extract, truncate
 from jaxlora._roles import TracedRoles, trace_roles
 from jaxlora._tree import (
     ParamCount,
@@ -36,6 +38,7 @@ __all__ = [
     "combine",
     "count_params",
     "delta",
+    "extract",
     "freeze_base",
     "init",
     "initializers",
@@ -43,9 +46,12 @@ __all__ = [
     "merge",
     "optim",
     "partition",
+    "scaled",
     "summary",
     "trace_roles",
     "trainable_mask",
+    "truncate",
+    "weighted_sum",
     "with_dropout",
     "with_scale",
 ]

@@ -33,6 +33,10 @@ ORDER = [
     "_roles",
     "_init",
     "_tree",
+    "_alike",
+    "_low_rank",
+    "_merging",
+    "_adapters",
     "optim",
     "__init__",
 ]
