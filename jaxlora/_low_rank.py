@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxlora._alike import check_alike, differing
 from jaxlora._config import LoraConfig
 from jaxlora._errors import TargetError
 from jaxlora._init import init
-from jaxlora._matrix import factors_from_matrix, factors_to_matrix, split_shape, to_matrix
+from jaxlora._matrix import factors_from_matrix, factors_to_matrix, to_matrix
 from jaxlora._tree import _map_nodes
 from jaxlora._weight import FullWeight, LoraWeight, is_node, widened, with_magnitude
 from jaxlora.initializers import Target, factor_shapes
@@ -42,6 +43,7 @@ def svd(matrix: jax.Array) -> Svd:
     return Svd(*jnp.linalg.svd(matrix, full_matrices=False))
 
 
+@jax.jit
 def svd_of_product(a: jax.Array, b: jax.Array) -> Svd:
     """The SVD of a b, from QRs of a (stacked..., I, R) and b (stacked..., R, O).
 
@@ -57,6 +59,7 @@ def svd_of_product(a: jax.Array, b: jax.Array) -> Svd:
     )
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def halves(parts: Svd, rank: int) -> tuple[jax.Array, jax.Array]:
     """a = u sqrt(s) and b = sqrt(s) v of a rank, zero-padded where the matrices have a smaller."""
     root = jnp.sqrt(parts.s[..., :rank])
@@ -150,8 +153,10 @@ def truncate(lora: Any, rank: int | None = None, energy: float | None = None) ->
         _check_energy(energy, "truncate")
 
     def cut(path: str, lw: Any) -> Any:
+        if not isinstance(lw, LoraWeight):
+            return lw
         most = lw.rank if rank is None else rank
-        if not isinstance(lw, LoraWeight) or (energy is None and most >= lw.rank):
+        if energy is None and most >= lw.rank:
             return lw
         parts = svd_of_product(*wide_factors(lw))
         if energy is not None:
@@ -259,9 +264,9 @@ def extract(
     return _map_nodes(place, built)
 
 
-def _zeros(key: jax.Array, w: Any, target: Target) -> tuple[Any, jax.Array, jax.Array]:
+def _zeros(key: jax.Array, w: Any, target: Target) -> tuple[Any, Any, Any]:
     a, b = factor_shapes(w, target)
-    return w, jnp.zeros(a, target.dtype), jnp.zeros(b, target.dtype)
+    return w, np.zeros(a, target.dtype), np.zeros(b, target.dtype)
 
 
 def _check_plain(tuned: Any) -> None:
@@ -282,9 +287,7 @@ def _nearest(
     path: str, lw: LoraWeight, tuned: Any, config: LoraConfig, energy: float | None
 ) -> LoraWeight:
     """The adapter at a target that takes its base nearest to the tuned weight."""
-    dtype = jnp.result_type(widened(lw.w.dtype), widened(tuned.dtype))
-    target = to_matrix(jnp.asarray(tuned, dtype), lw.roles)
-    parts = svd(target - to_matrix(jnp.asarray(lw.w, dtype), lw.roles))
+    parts, norms = _difference(tuned, lw.w, lw.roles)
     rank = lw.rank
     if energy is not None:
         rank = rank_holding(energy, parts, path)
@@ -296,6 +299,13 @@ def _nearest(
     if not config.dora:
         return lw
     lw = with_magnitude(lw, path)  # which refuses columns of zeros
-    stacked, _, outputs = split_shape(lw.shape, lw.roles)
-    norms = jnp.linalg.norm(target, axis=-2).reshape(*stacked, *outputs)
-    return dataclasses.replace(lw, magnitude=norms.astype(lw.magnitude.dtype))
+    return dataclasses.replace(lw, magnitude=norms.reshape(lw.magnitude.shape))
+
+
+@functools.partial(jax.jit, static_argnames="roles")
+def _difference(tuned: Any, w: Any, roles: str) -> tuple[Svd, jax.Array]:
+    """The SVD of tuned - w, and the norms of the tuned weight's columns: (stacked..., O)."""
+    dtype = jnp.result_type(widened(w.dtype), widened(tuned.dtype))
+    target = to_matrix(tuned.astype(dtype), roles)
+    parts = svd(target - to_matrix(w.astype(dtype), roles))
+    return parts, jnp.linalg.norm(target, axis=-2)
