@@ -264,5 +264,5 @@ def _check_bases(loras: list[Any]) -> None:
             raise TargetError(
                 f"{what}: got a base with other values than that of loras[0], expected one base, "
                 f"since an adapter is a difference to it. They differ at:{_paths.listing(odd)}\n"
-                "To move an adapter: jaxlora.extract(base, jaxlora.merge(lora), config)."
+                "For that model on this base: jaxlora.extract(base, jaxlora.merge(lora), config)."
             )

@@ -163,7 +163,8 @@ def truncate(lora: Any, rank: int | None = None, energy: float | None = None) ->
             most = min(most, rank_holding(energy, parts, path))
         if most >= lw.rank:
             return lw
-        a, b = factors_from_matrix(*halves(parts, most), lw.shape, lw.roles)
+        a, b = halves(parts, most)
+        a, b = factors_from_matrix(a, b, lw.shape, lw.roles)
         return dataclasses.replace(lw, a=a.astype(lw.a.dtype), b=b.astype(lw.b.dtype))
 
     return _map_nodes(cut, lora)
@@ -232,7 +233,7 @@ def extract(
     """
     if energy is not None:
         _check_energy(energy, "extract")
-    _check_plain(tuned)
+    _check_values(base, tuned)
     built = init(
         jax.random.key(0),
         base,
@@ -244,6 +245,13 @@ def extract(
     )
     changed = {*differing(tuned, base)}
     values = dict(_paths.flatten_with_paths(tuned)[0])
+    odd = [f"{p} ({_kind(x)})" for p, x in values.items() if p in changed and not _can_train(x)]
+    if odd:
+        raise TargetError(
+            "tuned: got leaves that differ from the base's and are not floating-point, expected "
+            f"others alone, since an adapter holds what can train. They are:{_paths.listing(odd)}\n"
+            "Give both trees one value there, the base's or the tuned one."
+        )
 
     def place(path: str, leaf: Any) -> Any:
         value = values[path]
@@ -253,12 +261,6 @@ def extract(
             return FullWeight(w=leaf.w, value=jnp.array(value))
         if path not in changed:
             return leaf
-        if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TargetError(
-                f"{path}: got a leaf of {getattr(leaf, 'dtype', type(leaf).__name__)} that differs "
-                "from the base's, expected floating-point ones alone to differ, since an adapter "
-                "holds only what can train. Give both trees one value there."
-            )
         return FullWeight(w=leaf, value=jnp.array(value))  # a copy: both can be donated
 
     return _map_nodes(place, built)
@@ -269,18 +271,29 @@ def _zeros(key: jax.Array, w: Any, target: Target) -> tuple[Any, Any, Any]:
     return w, np.zeros(a, target.dtype), np.zeros(b, target.dtype)
 
 
-def _check_plain(tuned: Any) -> None:
+def _kind(leaf: Any) -> str:
+    return str(getattr(leaf, "dtype", type(leaf).__name__))
+
+
+def _can_train(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _check_values(base: Any, tuned: Any) -> None:
     for path, leaf in _paths.flatten_with_paths(tuned, is_leaf=is_node)[0]:
         if is_node(leaf):
             raise TargetError(
                 f"{path}: got a {type(leaf).__name__} in the tuned tree, expected plain params: "
                 "extract(base, jaxlora.merge(lora), config)."
             )
-        if isinstance(leaf, jax.core.Tracer):
-            raise TargetError(
-                f"{path}: got a traced leaf, expected values, since a leaf that differs becomes a "
-                "FullWeight and another one does not. Call extract outside of jax.jit."
-            )
+    for tree in (base, tuned):
+        for path, leaf in _paths.flatten_with_paths(tree)[0]:
+            if isinstance(leaf, jax.core.Tracer):
+                raise TargetError(
+                    f"{path}: got a traced leaf, expected values, since a leaf that differs "
+                    "becomes a FullWeight and another one does not. Call extract outside of "
+                    "jax.jit."
+                )
 
 
 def _nearest(

@@ -17,6 +17,7 @@ import jaxlora
 from jaxlora import FullWeight, LoraConfig, LoraWeight, TargetError, _merging
 from jaxlora._weight import is_node
 
+pytestmark = pytest.mark.xdist_group("adapters")  # one worker: they share what they compile
 KEY = jax.random.key(0)
 
 # One weight of each kind: its shape and roles. All are (6, 4) as matrices, compiled once for all.
@@ -665,47 +666,47 @@ def other_base(**leaves):
 @pytest.mark.parametrize(
     ("loras", "words"),
     [
-        ([], ["got 0 adapters"]),
+        (lambda: [], ["got 0 adapters"]),
         (
-            [small(), SMALL],
+            lambda: [small(), SMALL],
             ["loras[1]: got a tree without adapters", "jaxlora.extract(base, tuned"],
         ),
         (
-            [small(), small({"layer": SMALL["layer"]})],
+            lambda: [small(), small({"layer": SMALL["layer"]})],
             ["loras[1]: got a tree with other leaves", "head/kernel (missing)"],
         ),
         (
-            [small({"layer": SMALL["layer"]}), small()],
+            lambda: [small({"layer": SMALL["layer"]}), small()],
             ["head/kernel (not expected)"],
         ),
         (
-            [small(), small(other_base(kernel=jnp.ones((4, 5))))],
+            lambda: [small(), small(other_base(kernel=jnp.ones((4, 5))))],
             ["layer/kernel: got float32 (4, 5), expected float32 (4, 6)"],
         ),
         (
-            [small(), small(other_base(bias=jnp.ones(6, jnp.bfloat16)))],
+            lambda: [small(), small(other_base(bias=jnp.ones(6, jnp.bfloat16)))],
             ["layer/bias: got bfloat16 (6,), expected float32 (6,)"],
         ),
         (
-            [small(), small(roles={"layer": "oi"})],
+            lambda: [small(), small(roles={"layer": "oi"})],
             ["layer/kernel: got roles 'oi', expected 'io'"],
         ),
         (
-            [small(), small(other_base(bias=2 * jnp.ones(6)))],
+            lambda: [small(), small(other_base(bias=2 * jnp.ones(6)))],
             ["loras[1]: got a base with other values", "layer/bias", "jaxlora.merge(lora)"],
         ),
         (
-            [small(), small(other_base(kernel=2 * jnp.ones((4, 6))))],
+            lambda: [small(), small(other_base(kernel=2 * jnp.ones((4, 6))))],
             ["loras[1]: got a base with other values", "layer/kernel"],
         ),
         (
-            [small(), small(targets=["head"], train=["layer"])],
+            lambda: [small(), small(targets=["head"], train=["layer"])],
             ["layer/kernel: got an adapter that trains it in full", "jaxlora.extract("],
         ),
     ],
 )
 def test_adapters_that_do_not_fit_each_other(loras, words):
-    text = message(lambda: jaxlora.weighted_sum(loras, [0.5] * len(loras)))
+    text = message(lambda: jaxlora.weighted_sum(loras(), [0.5] * len(loras())))
     assert all(word in text for word in words), text
 
 
@@ -747,18 +748,21 @@ def test_dora_refuses_what_is_not_linear():
     ("tuned", "words"),
     [
         (
-            {"layer": SMALL["layer"]},
+            lambda: {"layer": SMALL["layer"]},
             ["tuned: got a tree with other leaves", "head/kernel (missing)"],
         ),
         (
-            other_base(kernel=jnp.ones((6, 4))),
+            lambda: other_base(kernel=jnp.ones((6, 4))),
             ["layer/kernel: got float32 (6, 4), expected float32"],
         ),
-        (small(), ["layer/kernel: got a LoraWeight in the tuned tree", "jaxlora.merge(lora)"]),
+        (
+            lambda: small(),
+            ["layer/kernel: got a LoraWeight in the tuned tree", "jaxlora.merge(lora)"],
+        ),
     ],
 )
 def test_extract_refuses_other_trees(tuned, words):
-    call = lambda: jaxlora.extract(SMALL, tuned, LoraConfig(targets=["layer"]))
+    call = lambda: jaxlora.extract(SMALL, tuned(), LoraConfig(targets=["layer"]))
     text = message(call)
     assert all(word in text for word in words), text
 
@@ -766,13 +770,18 @@ def test_extract_refuses_other_trees(tuned, words):
 def test_extract_refuses_what_no_adapter_holds():
     base = SMALL | {"steps": jnp.array(3), "rate": 0.1}
     config = LoraConfig(targets=["layer"])
-    text = message(lambda: jaxlora.extract(base, base | {"steps": jnp.array(4)}, config))
-    assert "steps: got a leaf of int32 that differs" in text
-    text = message(lambda: jaxlora.extract(base, base | {"rate": 0.2}, config))
-    assert "rate: got a leaf of float that differs" in text
-    text = message(lambda: jax.jit(lambda x: jaxlora.extract(SMALL, x, config))(SMALL))
-    assert "head/kernel: got a traced leaf" in text
-    assert "outside of jax.jit" in text
+    other = base | {"steps": jnp.array(4), "rate": 0.2}
+    text = message(lambda: jaxlora.extract(base, other, config))
+    assert "tuned: got leaves that differ from the base's and are not floating-point" in text
+    assert "rate (float)" in text
+    assert "steps (int32)" in text
+    for call in (
+        lambda x: jaxlora.extract(SMALL, x, config),
+        lambda x: jaxlora.extract(x, SMALL, config),
+    ):
+        text = message(lambda call=call: jax.jit(call)(SMALL))
+        assert "head/kernel: got a traced leaf" in text
+        assert "outside of jax.jit" in text
 
 
 @pytest.mark.parametrize(
