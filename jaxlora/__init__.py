@@ -1,11 +1,13 @@
 """LoRA for any JAX function: a pytree transform and a function transform."""
 
 from jaxlora import initializers, optim
+from jaxlora._adapters import scaled, weighted_sum
 from jaxlora._apply import lora_apply
 from jaxlora._collect import input_moments
 from jaxlora._config import LoraConfig
 from jaxlora._errors import MaterializeError, RolesError, TargetError
 from jaxlora._init import init
+from jaxlora._low_rank import extract, truncate
 from jaxlora._rebase import rebase
 from jaxlora._roles import TracedRoles, trace_roles
 from jaxlora._tree import (
@@ -38,6 +40,7 @@ __all__ = [
     "combine",
     "count_params",
     "delta",
+    "extract",
     "freeze_base",
     "init",
     "initializers",
@@ -47,9 +50,12 @@ __all__ = [
     "optim",
     "partition",
     "rebase",
+    "scaled",
     "summary",
     "trace_roles",
     "trainable_mask",
+    "truncate",
+    "weighted_sum",
     "with_dropout",
     "with_scale",
 ]

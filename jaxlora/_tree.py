@@ -70,6 +70,9 @@ def base_params(lora: Any) -> Any:
 def with_scale(lora: Any, scale: Any) -> Any:
     """The same adapters at another strength: 0 is the base, alpha / rank what was trained.
 
+    It sets the scale itself, and leaves a `FullWeight` alone. To multiply what adapters and leaves
+    trained in full add, relative to their present strength: `scaled(lora, factor)`.
+
     A DoRA weight keeps its magnitude: at scale 0 it is W with the columns' norms changed. For the
     base take `base_params(lora)`.
 

@@ -41,7 +41,11 @@ ORDER = [
     "_roles",
     "_init",
     "_tree",
+    "_alike",
     "_rebase",
+    "_low_rank",
+    "_merging",
+    "_adapters",
     "optim",
     "__init__",
 ]
