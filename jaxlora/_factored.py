@@ -13,9 +13,10 @@ from jax import lax
 from jaxlora import _compat
 from jaxlora._contractions import Contraction
 from jaxlora._dropout import Dropout
+from jaxlora._matrix import widened
 from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable, times
 from jaxlora._terms import Term
-from jaxlora._weight import LoraWeight, excess, widened
+from jaxlora._weight import LoraWeight, excess
 
 ANY = "*"
 """In place of a mesh axis: it is not known which."""

@@ -16,9 +16,9 @@ from jaxlora._alike import check_alike, differing
 from jaxlora._config import LoraConfig
 from jaxlora._errors import TargetError
 from jaxlora._init import init
-from jaxlora._matrix import factors_from_matrix, factors_to_matrix, to_matrix
+from jaxlora._matrix import factors_from_matrix, factors_to_matrix, to_matrix, widened
 from jaxlora._tree import _map_nodes
-from jaxlora._weight import FullWeight, LoraWeight, is_node, widened, with_magnitude
+from jaxlora._weight import FullWeight, LoraWeight, is_node, with_magnitude
 from jaxlora.initializers import Target, factor_shapes
 
 HIGHEST = jax.lax.Precision.HIGHEST

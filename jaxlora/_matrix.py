@@ -64,3 +64,9 @@ def factors_from_matrix(a: Any, b: Any, shape: tuple[int, ...], roles: str) -> t
     stacked, inputs, outputs = split_shape(shape, roles)
     rank = a.shape[-1]
     return a.reshape(*stacked, *inputs, rank), b.reshape(*stacked, rank, *outputs)
+
+
+def widened(dtype: Any) -> Any:
+    """float32, or dtype if that is as wide."""
+    wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
+    return dtype if wide else jnp.float32

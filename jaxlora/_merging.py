@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxlora._errors import TargetError
 from jaxlora._low_rank import halves, svd, svd_of_product, wide_factors
-from jaxlora._matrix import factors_from_matrix, to_matrix
-from jaxlora._weight import FullWeight, LoraWeight, delta, widened
+from jaxlora._matrix import factors_from_matrix, to_matrix, widened
+from jaxlora._weight import FullWeight, LoraWeight, delta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxlora import _compat
-from jaxlora._weight import widened
+from jaxlora._matrix import widened
 
 if TYPE_CHECKING:
     from jaxlora._terms import Term

@@ -18,9 +18,11 @@ from jax.extend.core import JaxprEqn
 
 from jaxlora import _compat
 from jaxlora import _moves as moves
-from jaxlora._contractions import Conv, Dot, RaggedDot
+from jaxlora._contractions import Dot
+from jaxlora._convolution import Conv
 from jaxlora._factored import Node, unmarked
 from jaxlora._moves import Move, Unfactorable
+from jaxlora._ragged import RaggedDot
 
 if TYPE_CHECKING:
     from jaxlora._apply import Interpreter

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
-from jaxlora._matrix import factors_from_matrix, from_matrix, split_shape, to_matrix
-from jaxlora._weight import widened
+from jaxlora._matrix import factors_from_matrix, from_matrix, split_shape, to_matrix, widened
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -10,11 +10,16 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from jaxlora import _compat
+from jaxlora._dora import column_norm, squared_norm
 from jaxlora._errors import RolesError, TargetError
-from jaxlora._matrix import ROLE_LETTERS, factors_to_matrix, from_matrix, split_shape
+from jaxlora._matrix import (
+    ROLE_LETTERS,
+    factors_to_matrix,
+    from_matrix,
+    split_shape,
+    widened,
+)
 
 
 def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...] = ()) -> type:
@@ -97,7 +102,7 @@ class LoraWeight:
             object.__setattr__(self, "scale", jnp.float32(self.scale))
         self.check()
         if self.magnitude is not None and self.squared_norm is None:
-            object.__setattr__(self, "squared_norm", _squared_norm(self.w, self.roles))
+            object.__setattr__(self, "squared_norm", squared_norm(self.w, self.roles))
 
     def check(self, path: str = "this weight") -> None:
         """Raises if the parts do not fit each other; `path` is named in the message."""
@@ -241,12 +246,6 @@ def check_rate(rate: Any, path: str) -> None:
         )
 
 
-def widened(dtype: Any) -> Any:
-    """float32, or dtype if that is as wide."""
-    wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
-    return dtype if wide else jnp.float32
-
-
 def delta(lw: LoraWeight) -> jax.Array:
     r"""What the adapter adds to W, as an array of W's shape: scale * sum_r a[..., r] b[r, ...].
 
@@ -278,74 +277,13 @@ def delta(lw: LoraWeight) -> jax.Array:
     return product + each * (jnp.asarray(lw.w).astype(dtype) + product)
 
 
-# --------------------------------------------------------------------------------------------------
-# DoRA
-
-
-def _letters(roles: str) -> tuple[str, str, str, str]:
-    """An einsum's letters of w, and of its stacked, input and output dims."""
-    w = "".join(chr(ord("a") + d) for d in range(len(roles)))
-    stacked, inputs, outputs = (
-        "".join(x for x, role in zip(w, roles, strict=True) if role == letter)
-        for letter in ROLE_LETTERS
-    )
-    return w, stacked, inputs, outputs
-
-
-def _squared_norm(w: Any, roles: str) -> jax.Array:
-    """||W||^2 over the input dims, in float32 or wider: (stacked..., output...)."""
-    letters, stacked, _, outputs = _letters(roles)
-    squares = jnp.square(jnp.asarray(w).astype(widened(w.dtype)))
-    return jnp.einsum(f"{letters}->{stacked}{outputs}", squares)
-
-
-def column_norm(lw: LoraWeight) -> jax.Array:
-    r"""n = ||W + scale * a b|| over the input dims, as a constant: (stacked..., output...).
-
-    n^2 = ||W||^2 + 2 scale <W, a b> + scale^2 ||a b||^2, of which the first is kept, and the others
-    need a^T W and a^T a alone: nothing of W's size is formed. a meets W in W's dtype.
-
-    References:
-      Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.3.
-    """
-    w, a, b, scale = map(jax.lax.stop_gradient, (lw.w, lw.a, lw.b, lw.scale))
-    dtype = jnp.result_type(*(widened(x.dtype) for x in (w, a, b)))
-    letters, s, i, o = _letters(lw.roles)
-    squared = _squared_norm(w, lw.roles) if lw.squared_norm is None else lw.squared_norm
-
-    def einsum(spec: str, x: Any, y: Any) -> jax.Array:
-        ins, out = spec.split("->")
-        along: dict[str, Any] = {}
-        for letters, array in zip(ins.split(","), (x, y), strict=True):
-            named = zip(letters, _compat.explicit_spec(array), strict=True)
-            along |= {letter: axis for letter, axis in named if axis is not None}
-        # JAX asks for the sharding of what is summed over sharded dims: that of what is left.
-        ambiguous = set(along) - set(out)
-        return jnp.einsum(
-            spec,
-            x,
-            y,
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=dtype,
-            out_sharding=P(*(along.get(letter) for letter in out)) if ambiguous else None,
-        )
-
-    aw = einsum(f"{s}{i}y,{letters}->{s}y{o}", a.astype(w.dtype), jnp.asarray(w))
-    a, b = a.astype(dtype), b.astype(dtype)
-    aa = einsum(f"{s}{i}y,{s}{i}z->{s}yz", a, a)
-    # Within a shard_map over the inputs, where the norm that is kept is of all of them.
-    blocks = tuple(sorted(_compat.varying(aw) - _compat.varying(squared)))
-    if blocks:
-        aw, aa = jax.lax.psum((aw, aa), blocks)
-    aab = einsum(f"{s}yz,{s}z{o}->{s}y{o}", aa, b)
-    scale = scale.astype(dtype).reshape(*scale.shape, *(1,) * (len(o) + 1))
-    added = jnp.sum(scale * (2 * aw + scale * aab) * b, axis=len(s))
-    return jnp.sqrt(jax.lax.stop_gradient(squared) + added)
+def _norm(lw: LoraWeight) -> jax.Array:
+    return column_norm(lw.w, lw.a, lw.b, lw.scale, lw.squared_norm, lw.roles)
 
 
 def excess(lw: LoraWeight) -> jax.Array:
     """m / n - 1: by how much, relatively, DoRA grows each column: (stacked..., output...)."""
-    norm = column_norm(lw)
+    norm = _norm(lw)
     return lw.magnitude.astype(norm.dtype) / norm - 1
 
 
@@ -355,8 +293,8 @@ def with_magnitude(lw: LoraWeight, path: str) -> LoraWeight:
     Raises:
       TargetError: a column of W + scale * a b is zero, and has no direction.
     """
-    lw = dataclasses.replace(lw, squared_norm=_squared_norm(lw.w, lw.roles))
-    norm = column_norm(lw)
+    lw = dataclasses.replace(lw, squared_norm=squared_norm(lw.w, lw.roles))
+    norm = _norm(lw)
     if not isinstance(norm, jax.core.Tracer | jax.ShapeDtypeStruct):
         zeros = int(jnp.sum(~(norm > 0)))
         if zeros:

@@ -327,8 +327,11 @@ def test_integer_leaves_survive_training():
 def test_the_table():
     text = jaxlora.summary(init(targets=["query"], train=["norm"], alpha=3))
     lines = text.splitlines()
-    assert lines[0].split() == ["path", "shape", "roles", "rank", "scale", "parameters"]
+    columns = ["path", "shape", "trains", "roles", "rank", "scale", "parameters"]
+    assert lines[0].split() == columns
     assert "params/layer_0/query/kernel" in text
+    assert sum("  LoRA  " in line for line in lines) == 1
+    assert sum("  in full  " in line for line in lines) == len(lines) - 3
     assert "1.5" in text
     assert lines[-1].startswith("48 of ")
 
