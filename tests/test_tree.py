@@ -330,8 +330,8 @@ def test_the_table():
     columns = ["path", "shape", "trains", "roles", "rank", "scale", "parameters"]
     assert lines[0].split() == columns
     assert "params/layer_0/query/kernel" in text
-    assert sum("  LoRA  " in line for line in lines) == 1
-    assert sum("  in full  " in line for line in lines) == len(lines) - 3
+    assert sum("  LoRA  " in line for line in lines) == 2
+    assert sum("  in full  " in line for line in lines) == len(lines) - 4
     assert "1.5" in text
     assert lines[-1].startswith("48 of ")
 
