@@ -342,6 +342,7 @@ def test_dare_keeps_the_mean():
     for x in (total.a, total.b):
         assert {*np.unique(x)} == {0, 4}
         assert float(x.mean()) == pytest.approx(1, abs=0.1)  # 4 standard deviations
+    assert not np.array_equal(np.ravel(total.a), np.ravel(total.b))  # each has its own mask
 
 
 def test_dora_is_summed_by_its_differences():
