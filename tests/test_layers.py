@@ -32,6 +32,7 @@ ORDER = [
     "_roles",
     "_init",
     "_tree",
+    "_adamw_8bit",
     "optim",
     "__init__",
 ]
