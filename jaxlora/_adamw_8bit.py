@@ -275,27 +275,25 @@ def _load(moment: Any, book: _CodeBook) -> jax.Array:
     """The moment in float32."""
     if not isinstance(moment, Moment8bit):
         return moment
-    codes, absmax = moment
-    return _unblocked(_lookup(book.values, _blocks(codes)) * absmax[:, None], codes)
+    return _lookup(book.values, moment.codes) * _spread(moment.absmax, moment.codes)
 
 
 def _store(x: jax.Array, like: Any, book: _CodeBook) -> Any:
     """x as `like` is stored: in 8 bits, or as it is."""
     if not isinstance(like, Moment8bit):
         return x
-    blocks = _blocks(x)
+    blocks = jnp.pad(x.reshape(-1), (0, -x.size % BLOCK_SIZE)).reshape(-1, BLOCK_SIZE)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
-    codes = _nearest(blocks / jnp.where(absmax == 0, 1, absmax)[:, None], book)
-    return Moment8bit(_unblocked(codes, x), absmax)
+    divisor = jnp.where(absmax == 0, 1, absmax)
+    return Moment8bit(_nearest(x / _spread(divisor, x), book), absmax)
 
 
-def _blocks(x: jax.Array) -> jax.Array:
-    """(blocks, BLOCK_SIZE), the last one filled up with zeros."""
-    return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK_SIZE)).reshape(-1, BLOCK_SIZE)
+def _spread(absmax: jax.Array, like: jax.Array) -> jax.Array:
+    """Each element's absmax, in the shape of `like`.
 
-
-def _unblocked(blocks: jax.Array, like: jax.Array) -> jax.Array:
-    return blocks.reshape(-1)[: like.size].reshape(like.shape)
+    All else is elementwise in that shape, so that codes come out sharded as the parameter is.
+    """
+    return jnp.repeat(absmax, BLOCK_SIZE)[: like.size].reshape(like.shape)
 
 
 def _lookup(table: jax.Array, indices: jax.Array) -> jax.Array:

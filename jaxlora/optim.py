@@ -205,15 +205,14 @@ def lora_plus(
 
         return jax.tree.unflatten(treedef, [group(path, leaf) for path, leaf in pairs])
 
-    return optax.partition(
-        {
-            "rest": optimizer(learning_rate, **kwargs),
-            "b": optimizer(_times(ratio, learning_rate), **kwargs),
-            "embedding": optimizer(embedding_learning_rate, **kwargs),
-            FROZEN: optax.set_to_zero(),
-        },
-        groups,
-    )
+    transforms = {
+        "rest": optimizer(learning_rate, **kwargs),
+        "b": optimizer(_times(ratio, learning_rate), **kwargs),
+        FROZEN: optax.set_to_zero(),
+    }
+    if embeddings is not None:
+        transforms["embedding"] = optimizer(embedding_learning_rate, **kwargs)
+    return optax.partition(transforms, groups)
 
 
 def _times(ratio: float, learning_rate: Any) -> Any:
