@@ -66,13 +66,12 @@ def adamw_8bit(
     absmax and rounded to the nearest entry of `dynamic_code`, signed for m', unsigned for v'; a tie
     goes to the lower entry.
 
-    This is bitsandbytes' `AdamW8bit`: its code books, block size, smallest leaf and order of
-    operations. Two of its kernels round otherwise: the CUDA one keeps a negative m' from becoming
-    zero, the compiled CPU one is not exact for values below 2e-3 of the absmax.
-
-    Where the elements of a block differ much, small ones are coarse: below 1.6e-7 of the absmax
-    v' is stored as zero, and a step without a gradient then divides m' by eps. Sparse gradients
-    (of an adapter of an embedding) are better kept in float32, through `optax.partition`.
+    This is bitsandbytes' `AdamW8bit` (code books, block size, smallest leaf, arithmetic) but for
+    one thing: a positive v' does not become zero, it is stored as the smallest positive entry at
+    least. Rounded to the nearest it would, below 1.6e-7 of the absmax, that is for gradients of
+    4e-4 of the block's largest, and if the next gradient is zero, m is divided by eps: with ReLUs
+    or an embedding losses explode. (bitsandbytes' own kernels differ near zero: the CUDA one keeps
+    a negative m' from becoming zero, the CPU one is only exact to 3e-5 of the absmax.)
 
     Args:
       learning_rate: a number or a schedule.
@@ -241,9 +240,9 @@ class _CodeBook(NamedTuple):
     Attributes:
       values: the 256 entries, ascending.
       thresholds: the 255 midpoints between them, rounded down: above one, the upper entry is
-        nearer. Then infinity.
+        nearer. Then infinity. Unsigned, the first is 0 instead.
       first: for all 2^16 leading halves of a float32, the code of the lowest number that has it. No
-        two midpoints share a leading half, so the code of any other number is that or the next one.
+        two thresholds share a leading half: the code of any other number is that or the next one.
     """
 
     values: Any
@@ -258,6 +257,8 @@ def _code_book(signed: bool) -> _CodeBook:
     rounded = middles.astype(np.float32)
     below = np.nextafter(rounded, np.float32(-2))
     thresholds = np.where(rounded > middles, below, rounded)
+    if not signed:
+        thresholds[0] = 0  # what is positive does not become zero
     halves = np.arange(2**16, dtype=np.uint32)
     lowest = (halves << 16) | np.where(halves < 2**15, 0, 2**16 - 1).astype(np.uint32)
     first = np.searchsorted(thresholds, lowest.view(np.float32))
