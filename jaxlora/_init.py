@@ -72,8 +72,8 @@ def init(
     if len(leaves) < sum(hasattr(leaf, "shape") for _, leaf in pairs):
         raise TargetError("params: two leaves have the same path. Rename one of them.")
 
-    excluded = _select(config.exclude, leaves, "exclude", _below)
-    full = _select(config.train, leaves, "train", _below)
+    excluded = select(config.exclude, leaves, "exclude", is_below)
+    full = select(config.train, leaves, "train", is_below)
     targets = [p for p in _targets(config, leaves, roles) if p not in excluded]
     if config.targets == ALL_LINEAR:
         targets = [p for p in targets if p not in full]
@@ -138,7 +138,7 @@ def _is_looked_up(path: str, roles: Mapping[str, str] | None) -> bool:
 # Which leaves
 
 
-def _select(
+def select(
     pattern: _paths.Pattern | None,
     leaves: Mapping[str, Any],
     field: str,
@@ -175,7 +175,7 @@ def _select(
     for name in names:
         found = {path for path, leaf in leaves.items() if matches_name(path, leaf, name)}
         if not found:
-            vectors = [path for path, leaf in leaves.items() if _below(path, leaf, name)]
+            vectors = [path for path, leaf in leaves.items() if is_below(path, leaf, name)]
             if field == "targets" and vectors:
                 raise TargetError(
                     f"targets: {name!r} matches only leaves that no adapter fits, expected weights "
@@ -195,7 +195,7 @@ def _weight_of(path: str, leaf: Any, name: str) -> bool:
     return is_weight and _paths.matches_module(path, name)
 
 
-def _below(path: str, leaf: Any, name: str) -> bool:
+def is_below(path: str, leaf: Any, name: str) -> bool:
     """A name is a leaf's, or that of a module that it is anywhere below."""
     parts = path.split("/")
     return any(_paths.matches_leaf("/".join(parts[:k]), name) for k in range(1, len(parts) + 1))
@@ -216,7 +216,7 @@ def _targets(
         if not found:
             raise _no_match("targets", ALL_LINEAR, leaves)
     else:
-        found = _select(config.targets, leaves, "targets", _weight_of)
+        found = select(config.targets, leaves, "targets", _weight_of)
     return [path for path in leaves if path in found]
 
 

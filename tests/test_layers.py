@@ -49,6 +49,7 @@ ORDER = [
     "_low_rank",
     "_merging",
     "_adapters",
+    "_adamw_8bit",
     "optim",
     "__init__",
 ]
