@@ -168,6 +168,21 @@ def test_masks_differ(name):
         np.testing.assert_allclose(total, 2 * float(loss(trainable)), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "stack",
+    [
+        lambda p: jnp.pad(p["w"], ((1, 0), (0, 0), (0, 0))),
+        lambda p: jnp.concatenate([p["w"], p["v"]])[::-1],
+    ],
+)
+def test_padded_stacks_draw_from_their_keys(stack):
+    """Where a stack starts with elements that an adapter has none of, masks depend on its key."""
+    fn = lambda params, x: jnp.einsum("sti,sio->sto", jnp.stack([x] * n), stack(params))[-2]
+    lora = identity("w", "v", layers=2)
+    n = stack({name: lw.w for name, lw in lora.items()}).shape[0]
+    assert all_differ([run(fn, lora, X, key=jax.random.key(k)) for k in range(3)])
+
+
 def test_never_on_lookups_nor_on_transposed_uses():
     lora = identity("w")
     rows = lambda params, tokens: params["w"][tokens]
