@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fractions
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +248,18 @@ def test_rate_and_key_are_checked():
             jaxlora.LoraConfig(targets=["w"], dropout=rate)
     with pytest.raises(jaxlora.TargetError, match="expected a single key"):
         jaxlora.with_dropout(lora, jax.random.split(KEY, 2))
+    with pytest.raises(jaxlora.TargetError, match="got a key of type int, expected a random key"):
+        jaxlora.with_dropout(lora, 0)
+
+
+def test_any_real_number_is_a_rate():
+    """As a plain float in the node, so that its structure can be compared and exported."""
+    for rate in (np.float32(0.5), fractions.Fraction(1, 2)):
+        config = jaxlora.LoraConfig(rank=2, targets=["w"], roles={"w": "io"}, dropout=rate)
+        lora = jaxlora.init(KEY, {"w": jnp.ones((8, 8))}, config)
+        assert type(lora["w"].dropout) is float
+        exported = jax.export.export(jax.jit(jaxlora.merge))(lora)
+        assert jax.export.deserialize(exported.serialize()).in_tree == exported.in_tree
 
 
 def test_config_and_grad():
