@@ -25,7 +25,7 @@ from jaxlora._errors import MaterializeError, TargetError
 from jaxlora._factored import Factored, Node
 from jaxlora._matrix import split_shape
 from jaxlora._moments import Moments
-from jaxlora._moves import RANK, Labelled, contract
+from jaxlora._moves import RANK, Labelled, Unfactorable, contract
 from jaxlora._terms import Term
 from jaxlora._weight import LoraWeight, is_node
 
@@ -55,7 +55,8 @@ def input_moments(
     Raises:
       TargetError: no batches.
       MaterializeError: a weight is used where its inputs cannot be told: in `ragged_dot`, say, or
-        elementwise.
+        elementwise; or where a matmul meets a part of them, as of a weight cut along its inputs, or
+        split over devices by a shard_map.
 
     >>> from jaxlora import LoraConfig, init
     >>> params = {"kernel": jnp.ones((3, 4))}
@@ -182,9 +183,22 @@ class _Gauge(Factored):
             # A tied head contracts what the roles call outputs: no inputs are met.
             inputs = {d for d in t.a.dims if d != RANK and t.size(d) != 1}
             if not inputs or inputs & {*contraction.summed}:
+                self._check_whole(t)
                 h = contraction.met(self, t, lax.stop_gradient(x), y)
                 y = _watched(h, t.filled([d for d, _ in t.window]).b, y)
         return y
+
+    def _check_whole(self, t: Term) -> None:
+        """Raises where a part of the inputs is met: it has not the products with the rest."""
+        sizes = dict(zip(t.a.dims, t.a.array.shape, strict=True))
+        n = sizes.pop(RANK)
+        met = math.prod(sizes.values())
+        if met < n:
+            raise Unfactorable(f"it meets {met} of {n} inputs")
+        split = {axis for d, axis in self.sharded if d in t.a.dims or d not in t.b.dims}
+        split = {axis for axis in split if lax.axis_size(axis) > 1}
+        if split:
+            raise Unfactorable(f"a shard_map splits it over {', '.join(sorted(split))}")
 
 
 def _watched(h: Labelled, c: Labelled, y: Any) -> Any:

@@ -86,6 +86,18 @@ def eva(stats: Mapping[str, Moments], whiten: bool = False) -> Initializer:
         with jax.default_matmul_precision("highest"):
             values, vectors = jnp.linalg.eigh(scatter)
         values, vectors = (jnp.flip(x, -1)[..., : target.rank] for x in (values, vectors))
+        varies = known(
+            lambda d, xx: jnp.min(d[..., 0] / jnp.trace(xx, axis1=-2, axis2=-1)),
+            values,
+            moments.second,
+        )
+        if varies is not None and varies <= 4 * float(jnp.finfo(values.dtype).eps):
+            raise TargetError(
+                f"{target.path}: got inputs that are all but equal (of their squares, {varies:.2g} "
+                "is variance, which rounding hides), expected some that vary, since EVA takes the "
+                "directions in which they do. Give more batches, or leave it out, "
+                f"LoraConfig(..., exclude=[{_paths.short(target.path)!r}])."
+            )
         largest = jnp.argmax(jnp.abs(vectors), axis=-2, keepdims=True)
         a = vectors * jnp.sign(jnp.take_along_axis(vectors, largest, axis=-2))
         if whiten:

@@ -64,11 +64,14 @@ def column_norm(w: Any, a: Any, b: Any, scale: Any, squared: Any, roles: str) ->
             out_sharding=P(*(along.get(letter) for letter in out)) if ambiguous else None,
         )
 
+    split = _compat.varying(w) & _compat.varying(a)
     aw = einsum(f"{s}{i}y,{letters}->{s}y{o}", a.astype(w.dtype), jnp.asarray(w))
     a, b = a.astype(dtype), b.astype(dtype)
     aa = einsum(f"{s}{i}y,{s}{i}z->{s}yz", a, a)
-    # Within a shard_map over the inputs, where the norm that is kept is of all of them.
-    blocks = tuple(sorted(_compat.varying(aw) - _compat.varying(squared)))
+    # Within a shard_map over the inputs, where the norm that is kept is of all of them, both W and
+    # a have blocks. An adapter that varies by itself is a device's own, or marked as varying so
+    # that its gradients are not summed yet; W by itself was gathered from its blocks.
+    blocks = tuple(sorted(split - _compat.varying(squared)))
     if blocks:
         aw, aa = jax.lax.psum((aw, aa), blocks)
     aab = einsum(f"{s}yz,{s}z{o}->{s}y{o}", aa, b)

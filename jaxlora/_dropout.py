@@ -71,7 +71,8 @@ class Dropout:
         """
         if 0 in self.key.array.shape or x.size == 0:
             return x
-        words = self.key.array[(0,) * (self.key.array.ndim - 1)]
+        # Of all keys: where a stack was padded, in a join of stacks say, there are some of zeros.
+        words = jnp.sum(self.key.array, axis=range(self.key.array.ndim - 1), dtype=np.uint32)
         position = self.position.array[(0,) * self.position.array.ndim]
         key = jax.random.fold_in(jax.random.wrap_key_data(words, impl=self.impl), position)
         for axis in sorted(_compat.varying(x)):  # each device has rows of its own

@@ -138,6 +138,11 @@ def with_dropout(lora: Any, key: jax.Array | None, rate: float | None = None) ->
     if rate is not None:
         check_rate(rate, "with_dropout")
     if key is not None:
+        if not hasattr(key, "dtype"):
+            raise TargetError(
+                f"with_dropout: got a key of type {type(key).__name__}, expected a random key: "
+                "jaxlora.with_dropout(lora, jax.random.key(0))."
+            )
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         if key.shape:

@@ -101,6 +101,7 @@ class LoraWeight:
         if isinstance(self.scale, int | float):
             object.__setattr__(self, "scale", jnp.float32(self.scale))
         self.check()
+        object.__setattr__(self, "dropout", float(self.dropout))  # static: hashed, and exported
         if self.magnitude is not None and self.squared_norm is None:
             object.__setattr__(self, "squared_norm", squared_norm(self.w, self.roles))
 

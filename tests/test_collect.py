@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.sharded import MESH
+from jax.sharding import PartitionSpec as P
 
 import jaxlora
 from jaxlora import LoraConfig, TargetError, initializers, input_moments
@@ -166,6 +168,46 @@ def test_errors():
     ragged = lambda p, x: jax.lax.ragged_dot(x, p["v"], jnp.array([2, 1, 1]))
     with pytest.raises(jaxlora.MaterializeError, match=r"v: .*`ragged_dot_general`.*input_moments"):
         collect(ragged, {"v": V}, {"v": "sio"}, [X[0]])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("spec", [P("model", None), P(None, "model")])
+def test_weights_split_over_devices(spec, check_vma):
+    def fn(p, x):
+        inputs, outputs = spec
+        block = lambda w, x: jax.lax.psum(x @ w, inputs) if inputs else x @ w
+        specs = {"in_specs": (spec, P(None, inputs)), "out_specs": P(None, outputs)}
+        return jax.shard_map(block, mesh=MESH, check_vma=check_vma, **specs)(p["w"], x)
+
+    with pytest.raises(jaxlora.MaterializeError, match=r"shard_map splits it|of 6 inputs"):
+        collect(fn, {"w": W}, {"w": "io"}, [X[0]])
+
+
+def test_batches_split_over_devices():
+    def fn(p, x):
+        specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+        return jax.shard_map(lambda w, x: x @ w, mesh=MESH, **specs)(p["w"], x)
+
+    check(collect(fn, {"w": W}, {"w": "io"}, [X[0]])["w"], X[0])
+
+
+def test_experts_split_over_devices():
+    fn = lambda p, x: jax.shard_map(
+        lambda w, x: jnp.einsum("sti,sio->sto", x, w),
+        mesh=MESH,
+        in_specs=(P("model"), P("model", "data")),
+        out_specs=P("model", "data"),
+    )(p["v"], x)
+    x = jnp.stack([X[0], 2 * X[1]])
+    got = collect(fn, {"v": V[:2]}, {"v": "sio"}, [x])["v"]
+    for k in range(2):
+        check(jax.tree.map(lambda x, k=k: x[k], got), x[k])
+
+
+def test_a_part_of_the_inputs():
+    fn = lambda p, x: x[..., :2] @ p["w"][:2] + x[..., 2:] @ p["w"][2:]
+    with pytest.raises(jaxlora.MaterializeError, match="it meets 2 of 6 inputs"):
+        collect(fn, {"w": W}, {"w": "io"})
 
 
 def test_from_start_to_end():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fractions
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,21 @@ def test_masks_differ(name):
         np.testing.assert_allclose(total, 2 * float(loss(trainable)), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "stack",
+    [
+        lambda p: jnp.pad(p["w"], ((1, 0), (0, 0), (0, 0))),
+        lambda p: jnp.concatenate([p["w"], p["v"]])[::-1],
+    ],
+)
+def test_padded_stacks_draw_from_their_keys(stack):
+    """Where a stack starts with elements that an adapter has none of, masks depend on its key."""
+    fn = lambda params, x: jnp.einsum("sti,sio->sto", jnp.stack([x] * n), stack(params))[-2]
+    lora = identity("w", "v", layers=2)
+    n = stack({name: lw.w for name, lw in lora.items()}).shape[0]
+    assert all_differ([run(fn, lora, X, key=jax.random.key(k)) for k in range(3)])
+
+
 def test_never_on_lookups_nor_on_transposed_uses():
     lora = identity("w")
     rows = lambda params, tokens: params["w"][tokens]
@@ -232,6 +248,18 @@ def test_rate_and_key_are_checked():
             jaxlora.LoraConfig(targets=["w"], dropout=rate)
     with pytest.raises(jaxlora.TargetError, match="expected a single key"):
         jaxlora.with_dropout(lora, jax.random.split(KEY, 2))
+    with pytest.raises(jaxlora.TargetError, match="got a key of type int, expected a random key"):
+        jaxlora.with_dropout(lora, 0)
+
+
+def test_any_real_number_is_a_rate():
+    """As a plain float in the node, so that its structure can be compared and exported."""
+    for rate in (np.float32(0.5), fractions.Fraction(1, 2)):
+        config = jaxlora.LoraConfig(rank=2, targets=["w"], roles={"w": "io"}, dropout=rate)
+        lora = jaxlora.init(KEY, {"w": jnp.ones((8, 8))}, config)
+        assert type(lora["w"].dropout) is float
+        exported = jax.export.export(jax.jit(jaxlora.merge))(lora)
+        assert jax.export.deserialize(exported.serialize()).in_tree == exported.in_tree
 
 
 def test_config_and_grad():

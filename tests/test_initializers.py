@@ -455,6 +455,18 @@ def test_eva_ranks_and_directions_equal_pefts():
             assert float(lw.scale) == pytest.approx(float(PEFT[f"eva/{k}/scale"]))
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_eva_of_inputs_that_do_not_vary(noise, whiten):
+    """Nor so little that float32 sums cannot tell."""
+    x = 1000 + noise * np.random.default_rng(0).standard_normal((64, 4))
+    x = jnp.asarray(x, jnp.float32)
+    stats = {"w": Moments(count=jnp.float32(64), total=x.sum(0), second=x.T @ x)}
+    target = Target(path="w", roles="io", rank=2, scale=1.0)
+    with pytest.raises(TargetError, match="w: got inputs that are all but equal"):
+        initializers.eva(stats, whiten)(jax.random.key(0), jnp.ones((4, 3)), target)
+
+
 def test_eva_ranks_of_a_stack_are_paid_for_each_layer():
     diagonal = lambda *d: jnp.diag(jnp.array(d, jnp.float32))
     moments = lambda second: Moments(

@@ -253,6 +253,27 @@ def test_dora_inside_a_shard_map(spec):
     assert_close(got, x @ jaxlora.merge(lora)["w"])
 
 
+@pytest.mark.parametrize("varies", ["trainable", "w"])
+def test_dora_that_varies_for_other_reasons(varies):
+    """Adapters of each device's own, and a gathered base, are not blocks: no sum over devices."""
+    lora = adapted((8, 6), dora=True)
+    apply = jaxlora.lora_apply(lambda params, x: x @ params["w"])
+
+    def block(lora, x):
+        if varies == "w":
+            w = lax.dynamic_slice_in_dim(lora["w"].w, 4 * lax.axis_index("model"), 4)
+            w = gathered(w, 0)
+            return apply({"w": dataclasses.replace(lora["w"], w=w)}, x)
+        trainable, frozen = jaxlora.partition(lora)
+        trainable = jax.tree.map(lambda t: lax.pcast(t, ("model",), to="varying"), trainable)
+        return apply(jaxlora.combine(trainable, frozen), x)
+
+    x = jax.random.normal(jax.random.key(2), (4, 8))
+    spec = P("model")
+    got = jax.shard_map(block, mesh=MESH, in_specs=(P(), spec), out_specs=spec)(lora, x)
+    assert_close(got, x @ jaxlora.merge(lora)["w"])
+
+
 @pytest.mark.parametrize("w_spec", [P("model", None), P("data", "model"), P()])
 def test_dora_and_dropout_in_an_explicit_mesh(w_spec):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
