@@ -19,6 +19,7 @@ from jaxlora._tree import (
     partition,
     summary,
     trainable_mask,
+    with_base,
     with_dropout,
     with_scale,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "trainable_mask",
     "truncate",
     "weighted_sum",
+    "with_base",
     "with_dropout",
     "with_scale",
 ]

@@ -15,7 +15,8 @@ from jaxlora import (
     _control_flow,  # noqa: F401  (enters its rules)
     _paths,
 )
-from jaxlora._errors import MaterializeError
+from jaxlora._dropout import uses
+from jaxlora._errors import MaterializeError, TargetError
 from jaxlora._factored import Factored, Node
 from jaxlora._rules import apply_rule
 from jaxlora._sharded import constrained
@@ -36,7 +37,7 @@ class Interpreter:
     def __init__(self, materialize: Callable[[Node, str], Any]):
         self._materialize = materialize
         self.manual = 0  # within how many shard_maps
-        # The equations being evaluated, outermost first, and where in their jaxprs they stand.
+        # The equations being evaluated, outermost first, and how many uses of weights come before.
         self._entered: list[tuple[JaxprEqn, int]] = []
         self._jitted: dict[Any, Callable[..., Any]] = {}
 
@@ -50,8 +51,23 @@ class Interpreter:
 
     @property
     def position(self) -> int:
-        """Which of its jaxpr's equations is being evaluated."""
+        """How many uses of weights come before the present equation, in its jaxpr."""
         return self._entered[-1][1]
+
+    def used(self, node: Any) -> Any:
+        """A weight as the present contraction meets it.
+
+        Raises:
+          TargetError: it would drop in one pass of a gradient what it keeps in the other.
+        """
+        if node.drops and any(_compat.is_differentiated(eqn) for eqn, _ in self._entered):
+            raise TargetError(
+                f"{node.path}: dropout in a gradient that the function itself takes, at "
+                f"{self.where()}: its forward and its backward pass would drop other elements. "
+                "Take the gradient outside, jax.grad of jaxlora.lora_apply(fn), or call it without "
+                "dropout: jaxlora.with_dropout(lora, None)."
+            )
+        return node.after(self.position)
 
     def eval(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """The outputs of a jaxpr, open or closed, on values that may be nodes."""
@@ -61,11 +77,10 @@ class Interpreter:
         def read(var: Any) -> Any:
             return var.val if isinstance(var, _compat.Literal) else env[var]
 
-        scopes, position = _compat.name_stack(), -1
+        scopes, position, drops = _compat.name_stack(), 0, _any_drops(args)
         for context, eqns in _compat.by_context(inner.eqns):
             with context:
                 for eqn in eqns:
-                    position += 1
                     values = [read(v) for v in eqn.invars]
                     with _compat.source_context(eqn, scopes):
                         if any(isinstance(v, Node) for v in values):
@@ -73,6 +88,7 @@ class Interpreter:
                         else:
                             outs = _compat.bind(eqn, values)
                     env.update(zip(eqn.outvars, outs, strict=True))
+                    position += uses(eqn) if drops else 0
         return [read(v) for v in inner.outvars]
 
     def _rule(self, eqn: JaxprEqn, values: list[Any], position: int) -> Sequence[Any]:
@@ -105,6 +121,10 @@ class Interpreter:
             run.__name__ = run.__qualname__ = name
             self._jitted[key] = jax.jit(run, donate_argnums=donate_argnums, inline=inline)
         return self._jitted[key]
+
+
+def _any_drops(values: Sequence[Any]) -> bool:
+    return any(isinstance(v, Node) and v.drops for v in values)
 
 
 def lora_apply(

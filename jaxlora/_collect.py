@@ -39,14 +39,16 @@ def input_moments(
     convolution: patches), count = sum 1, total = sum x and second = sum x x^T, in float32, over all
     rows of all batches, and for each index of a stacked weight. The memory is n^2 numbers a weight.
 
-    `fn` is differentiated in reverse (nothing is trained): its loops must allow that, and uses
-    behind `stop_gradient`, or that reach integer outputs alone, are not seen. Lookups of rows and
-    uses of the transposed weight (a tied head) have no such inputs and are not counted.
+    `fn` is differentiated in reverse (nothing is trained): its loops must allow that, and uses that
+    reach no floating-point output, or only through `stop_gradient`, `round`, `sign` and the like,
+    are not seen. Lookups of rows and uses of the transposed weight (a tied head) have no such
+    inputs and are not counted. A weight that is split along its outputs counts once for each part.
 
     Args:
       fn: (params, batch) -> outputs, for instance
         `lambda params, batch: model.apply(params, batch["tokens"])`.
-      lora: what `init` made; says which weights, and their roles. The adapters are not applied.
+      lora: what `init` made; says which weights, and their roles. The adapters are not applied;
+        leaves trained in full have their present values.
       batches: what `fn` is called with; a compilation for each set of shapes.
 
     Returns:
@@ -127,7 +129,13 @@ def _added(fn: Callable[..., Any], arguments: Arguments, dynamic: list[Any], sum
         ]
         outs = Interpreter(_refuse).eval(closed, values)
         outs = [v.w if isinstance(v, Node) else v for v in outs]
-        return sum(jnp.sum(v) for v in outs if jnp.issubdtype(v.dtype, jnp.floating))
+        floats = [v for v in outs if jnp.issubdtype(v.dtype, jnp.floating)]
+        if not floats:
+            raise TargetError(
+                "input_moments: got a function without floating-point outputs, expected some, "
+                "since it is differentiated: return the logits, not their argmax."
+            )
+        return sum(jnp.sum(v) for v in floats)
 
     return jax.tree.map(jnp.add, sums, jax.grad(outputs)(sums))
 

@@ -17,6 +17,7 @@ __all__ = [
     "bind",
     "by_context",
     "explicit_spec",
+    "is_differentiated",
     "manual_axes",
     "name_stack",
     "ndim",
@@ -73,6 +74,11 @@ def by_context(eqns: Iterable[JaxprEqn]) -> Iterator[tuple[Any, Iterable[JaxprEq
 def source_line(eqn: JaxprEqn) -> str:
     """`file.py:12:8 (function)`: where the user wrote this equation."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def is_differentiated(eqn: JaxprEqn) -> bool:
+    """Whether an equation is of a derivative, either pass of it."""
+    return "jvp(" in str(eqn.source_info.name_stack)
 
 
 def manual_axes(eqn: JaxprEqn) -> frozenset[str]:

@@ -54,6 +54,10 @@ class Contraction:
         """The equation itself, of an activation and a plain weight."""
         return _compat.bind(self.eqn, [x, w])[0]
 
+    def base_of(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
+        """The equation with what a term's window leaves of the plain weight; of y's shape."""
+        return self.base(x, node.w)
+
     def sides(self, node: Factored) -> tuple[list[Term], list[Term]]:
         """DoRA's terms: those whose columns are summed over, and those whose columns stay.
 
@@ -182,13 +186,26 @@ class Dot(Contraction):
         pairs = zip((*self.summed, *self.batch), (*self.x_summed, *self.x_batch), strict=True)
         return t.gain_along(dict(pairs), x.ndim)
 
-    def gain_on_y(self, node: Factored, t: Term, y: Any) -> Any:
-        # The result's axes: the batch, then what is left of the left operand, then of the right.
+    def _axes(self, y: Any) -> dict[int, int]:
+        """{dim of W: axis of the result}."""
+        # The batch comes first, then what is left of the left operand, then of the right.
         n_batch, n_free = len(self.batch), len(self.free)
         start = n_batch if self.first else y.ndim - n_free
         axes = dict(zip(self.batch, range(n_batch), strict=True))
-        axes |= dict(zip(self.free, range(start, start + n_free), strict=True))
-        return t.gain_along(axes, y.ndim)
+        return axes | dict(zip(self.free, range(start, start + n_free), strict=True))
+
+    def gain_on_y(self, node: Factored, t: Term, y: Any) -> Any:
+        return t.gain_along(self._axes(y), y.ndim)
+
+    def base_of(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
+        w, widths = node.w, [(0, 0, 0)] * y.ndim
+        for d, (start, total) in t.window:
+            if d in self.free:
+                end = start + t.size(d)
+                w = lax.slice_in_dim(w, start, end, axis=d)
+                widths[self._axes(y)[d]] = (start, total - end, 0)
+        part = self.base(x, w)
+        return part if w is node.w else lax.pad(part, jnp.zeros((), part.dtype), widths)
 
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
         x_dims, out = self._labels(x)

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from jaxlora._apply import Interpreter
 
 
-def _at(values: Sequence[Any], index: Any) -> list[Any]:
-    """The values, going into the equation at that index, or into that step of a loop."""
-    return [v.at(index) if isinstance(v, Node) else v for v in values]
+def _after(values: Sequence[Any], uses: int) -> list[Any]:
+    """The values after so many uses of weights."""
+    return [v.after(uses) if isinstance(v, Node) else v for v in values]
 
 
 def _enter(interpreter: Interpreter, values: Sequence[Any]) -> list[Any]:
-    inside = _at(values, interpreter.position)
+    inside = _after(values, interpreter.position)
     return [v.replace(origin=k) if isinstance(v, Node) else v for k, v in enumerate(inside)]
 
 
@@ -57,7 +57,7 @@ def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence
             if donated and not isinstance(values[k], Node)
         ),
     )
-    inside = _at(values, interpreter.position)
+    inside = _after(values, interpreter.position)
     inside = [v.entered(k) if isinstance(v, Node) else v for k, v in enumerate(inside)]
     outs = [v.left(values) if isinstance(v, Node) and v.origin is None else v for v in run(*inside)]
     return _leave(outs, values)
@@ -111,7 +111,7 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
                 raise _Again
         return [jax.tree.leaves(v) for v in outs]
 
-    inside = _enter(interpreter, operands)
+    inside = [v.into(0) if isinstance(v, Node) else v for v in _enter(interpreter, operands)]
     while True:
         made.clear()
         # New functions each time: JAX keeps the traces of those that it has seen.
@@ -137,7 +137,7 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
 def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     carry = _Carry(interpreter, eqn, values[n_cond + n_body :])
-    inside = unmarked(_at(values, interpreter.position))
+    inside = unmarked(_after(values, interpreter.position))
     cond_consts, body_consts = inside[:n_cond], inside[n_cond : n_cond + n_body]
     count = _Count(values)
 
@@ -168,7 +168,7 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequenc
     n_xs = len(values) - same_ndim(eqn.invars, jaxpr.invars)
     n_carry = same_ndim(eqn.outvars, jaxpr.outvars)
     n_consts = len(values) - n_carry - n_xs
-    xs, inside = values[n_consts + n_carry :], _at(values, interpreter.position)
+    xs, inside = values[n_consts + n_carry :], _after(values, interpreter.position)
     consts = unmarked(inside[:n_consts])
     carry = _Carry(interpreter, eqn, values[n_consts : n_consts + n_carry])
     sliced = [_Sliced(v, n_carry + k) for k, v in enumerate(inside[n_consts + n_carry :])]
@@ -227,11 +227,7 @@ class _Count:
     def at(self, values: Sequence[Any], step: Any) -> list[Any]:
         if step is None:
             return list(values)
-        moved = _at(values, step)
-        return [
-            v.replace(origin=old.origin) if isinstance(v, Node) else v
-            for v, old in zip(moved, values, strict=True)
-        ]
+        return [v.into(step) if isinstance(v, Node) else v for v in values]
 
     def next(self, step: Any) -> Any:
         return None if step is None else step + 1
@@ -276,7 +272,7 @@ class _Carry:
 
     def inside(self, state: Sequence[Any]) -> list[Any]:
         return [
-            self.init[k].at(self.position).replace(origin=k) if k in self.fixed else v
+            self.init[k].after(self.position).replace(origin=k) if k in self.fixed else v
             for k, v in enumerate(state)
         ]
 

@@ -65,7 +65,8 @@ def column_norm(w: Any, a: Any, b: Any, scale: Any, squared: Any, roles: str) ->
         )
 
     split = _compat.varying(w) & _compat.varying(a)
-    aw = einsum(f"{s}{i}y,{letters}->{s}y{o}", a.astype(w.dtype), jnp.asarray(w))
+    w = jnp.asarray(w) if w.dtype.itemsize > 1 else w.astype(jnp.bfloat16)  # 8-bit floats
+    aw = einsum(f"{s}{i}y,{letters}->{s}y{o}", a.astype(w.dtype), w)
     a, b = a.astype(dtype), b.astype(dtype)
     aa = einsum(f"{s}{i}y,{s}{i}z->{s}yz", a, a)
     # Within a shard_map over the inputs, where the norm that is kept is of all of them, both W and
@@ -77,4 +78,5 @@ def column_norm(w: Any, a: Any, b: Any, scale: Any, squared: Any, roles: str) ->
     aab = einsum(f"{s}yz,{s}z{o}->{s}y{o}", aa, b)
     scale = scale.astype(dtype).reshape(*scale.shape, *(1,) * (len(o) + 1))
     added = jnp.sum(scale * (2 * aw + scale * aab) * b, axis=len(s))
-    return jnp.sqrt(squared + added)
+    # Where W and a b all but cancel, their norm is lost in rounding; it does not become NaN.
+    return jnp.sqrt(jnp.maximum(squared + added, jnp.finfo(dtype).eps * squared))

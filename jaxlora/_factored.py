@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -70,8 +70,12 @@ class Node:
         """What the model sees of a contraction with x."""
         raise NotImplementedError
 
-    def at(self, index: Any) -> Any:
-        """This node, going into an equation of that index, or into that step of a loop."""
+    def after(self, uses: int) -> Any:
+        """This node after so many uses."""
+        return self
+
+    def into(self, step: Any) -> Any:
+        """This node within that step of a loop."""
         return self
 
     @property
@@ -203,10 +207,16 @@ class Factored(Node):
         )
         return cls(lax.stop_gradient(lw.w), (term,), path, origin)
 
-    def at(self, index: Any) -> Factored:
+    def after(self, uses: int) -> Factored:
+        return self._dropping(lambda drop: drop.after(uses))
+
+    def into(self, step: Any) -> Factored:
+        return self._dropping(lambda drop: drop.into(step))
+
+    def _dropping(self, f: Callable[[Dropout], Dropout]) -> Factored:
         if not self.drops:
             return self
-        return self.replace(origin=self.origin, terms=tuple(t.at(index) for t in self.terms))
+        return self.replace(origin=self.origin, terms=tuple(t.dropping(f) for t in self.terms))
 
     @property
     def drops(self) -> bool:
@@ -415,12 +425,15 @@ class Factored(Node):
         y = contraction.base(x, self.w)
         with jax.named_scope("lora"):  # for profiles
             shares, bases = [], {}
-            for t in self.terms:
+            for k, t in enumerate(self.terms):
                 seen = x
                 if t.dropout is not None and contraction.order(self, t)[0] is t.a:
-                    seen = t.dropout.drop(contraction.operand(self, x, y))
+                    # One weight may be here twice, beside itself.
+                    drop = t.dropout.into(k) if k else t.dropout
+                    kept = drop.kept(x)
+                    seen = drop.grown(contraction.operand(self, kept, y))
                     if t in on_y:  # DoRA sees what is dropped too
-                        bases[t] = contraction.base(seen.astype(x.dtype), self.w)
+                        bases[t] = drop.grown(contraction.base_of(self, t, kept, y))
                 shares.append(contraction.share(self, t, seen, y))
             total = _added(y, shares)
             seen = [_added(bases[t], shares) if t in bases else total for t in on_y]
@@ -436,10 +449,17 @@ def _added(y: Any, shares: Iterable[Any]) -> Any:
 
 def grown(y: Any, gains: Sequence[tuple[Any, Any]]) -> Any:
     """y + the sum of gain * x over the pairs (gain, x), in float32 or wider, in y's dtype."""
+    wide = widened(y.dtype)
+
+    def sum_up(y: Any, gains: Sequence[tuple[Any, Any]]) -> Any:
+        total = y.astype(wide)
+        for gain, x in gains:
+            total = total + gain.astype(wide) * x.astype(wide)
+        return total.astype(y.dtype)
+
     if not gains:
         return y
-    wide = widened(y.dtype)
-    total = y.astype(wide)
-    for gain, x in gains:
-        total = total + gain.astype(wide) * x.astype(wide)
-    return total.astype(y.dtype)
+    if wide == y.dtype:
+        return sum_up(y, gains)
+    # What the gain's gradient needs is kept as it is, not in float32.
+    return jax.checkpoint(sum_up, prevent_cse=False)(y, gains)

@@ -53,7 +53,8 @@ def init(
 
     Raises:
       TargetError: a pattern (or one name of several) that matches nothing; a target that is a
-        vector, not floating-point, already adapted, or never used by the traced model.
+        vector, not floating-point, already adapted, or never used by the traced model; with DoRA,
+        one with a column of zeros (under `jit`, where that cannot be seen, it makes NaN).
       RolesError: a target whose roles are unknown, malformed, or contradict the traced use.
 
     >>> params = {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}

@@ -75,10 +75,10 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
     y = None
     if isinstance(lhs, Node):
         contraction = Dot.of(eqn, interpreter.where, first=True)
-        y = lhs.at(interpreter.position).contracted(rhs, contraction)
+        y = interpreter.used(lhs).contracted(rhs, contraction)
     if isinstance(rhs, Node):  # both, if they only record
         contraction = Dot.of(eqn, interpreter.where, first=False)
-        y = rhs.at(interpreter.position).contracted(lhs, contraction)
+        y = interpreter.used(rhs).contracted(lhs, contraction)
     return [y]
 
 
@@ -86,14 +86,14 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
 def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     x, kernel = _on_the_right(interpreter, eqn, values)
     contraction = Conv.of(eqn, interpreter.where)
-    return [kernel.at(interpreter.position).contracted(x, contraction)]
+    return [interpreter.used(kernel).contracted(x, contraction)]
 
 
 @rule("ragged_dot_general")
 def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     x, experts = _on_the_right(interpreter, eqn, values[:2])
     contraction = RaggedDot.of(eqn, interpreter.where, values[2])
-    return [experts.at(interpreter.position).contracted(x, contraction)]
+    return [interpreter.used(experts).contracted(x, contraction)]
 
 
 def _on_the_right(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:

@@ -79,7 +79,7 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Se
     for k, (v, spec) in enumerate(zip(values, in_specs, strict=True)):
         node = None
         if isinstance(v, Node):
-            node = _filled(v.at(interpreter.position).replace(origin=k), spec)
+            node = _filled(v.after(interpreter.position).into(0).replace(origin=k), spec)
         nodes.append(node)
         if node is None:
             leaves.append([v])

@@ -102,11 +102,11 @@ class Term:
         term = self.filled([d]).spread(d, n).gained(d, n)
         return term.each(lambda f: f, dict(term.window) | {d: window})
 
-    def at(self, index: Any) -> Term:
-        """The same term, one equation or one step of a loop further in."""
+    def dropping(self, f: Callable[[Dropout], Dropout]) -> Term:
+        """The same term with another dropout, if it has one."""
         if self.dropout is None:
             return self
-        return dataclasses.replace(self, dropout=self.dropout.at(index))
+        return dataclasses.replace(self, dropout=f(self.dropout))
 
     def value(self, shape: Sequence[int], dtype: Any, precision: Any) -> jax.Array:
         """scale * a b as an array of `shape`; only for looked-up rows, and on request."""

@@ -67,6 +67,51 @@ def base_params(lora: Any) -> Any:
     return _map_nodes(lambda _, leaf: leaf.w if is_node(leaf) else leaf, lora)
 
 
+def with_base(lora: Any, params: Any) -> Any:
+    """The same adapters on other base params: of another precision, moved, or tuned on.
+
+    What is kept of the base beside it, the norm that DoRA needs, is computed anew. A `FullWeight`
+    keeps its value.
+
+    Args:
+      lora: the tree.
+      params: of the same structure and shapes as `base_params(lora)`.
+
+    Raises:
+      TargetError: another structure, or other shapes.
+
+    >>> from jaxlora import LoraConfig, init
+    >>> params = {"kernel": jnp.ones((3, 4))}
+    >>> lora = init(jax.random.key(0), params, LoraConfig(rank=2, targets=["kernel"], dora=True))
+    >>> half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    >>> with_base(lora, half)["kernel"].dtype
+    dtype(bfloat16)
+    """
+    pairs, treedef = _paths.flatten_with_paths(lora, is_leaf=is_node)
+    others, _ = _paths.flatten_with_paths(params)
+    if [path for path, _ in pairs] != [path for path, _ in others]:
+        odd = sorted({path for path, _ in pairs} ^ {path for path, _ in others})
+        raise TargetError(
+            "with_base: got params of another structure, expected that of "
+            f"jaxlora.base_params(lora). They differ at:{_paths.listing(odd)}"
+        )
+
+    def based(path: str, leaf: Any, w: Any) -> Any:
+        if not is_node(leaf):
+            return w
+        if tuple(w.shape) != leaf.shape:
+            raise TargetError(
+                f"{path}: got a base of shape {tuple(w.shape)}, expected {leaf.shape}, that of "
+                "the adapter's. Make an adapter for these params with jaxlora.init."
+            )
+        if isinstance(leaf, FullWeight):
+            return dataclasses.replace(leaf, w=w)
+        return dataclasses.replace(leaf, w=w, squared_norm=None)
+
+    both = zip(pairs, others, strict=True)
+    return jax.tree.unflatten(treedef, [based(path, leaf, w) for (path, leaf), (_, w) in both])
+
+
 def with_scale(lora: Any, scale: Any) -> Any:
     """The same adapters at another strength: 0 is the base, alpha / rank what was trained.
 
@@ -105,14 +150,19 @@ def with_dropout(lora: Any, key: jax.Array | None, rate: float | None = None) ->
 
     in y = x W + ((drop(x) a) * scale) b. Each adapter, each layer of a stack, each use of a weight
     and each step of a loop draws a mask of its own; equal keys give equal masks, under jit, scan,
-    remat and vmap too. Looked-up rows (embeddings) and matmuls with the transposed weight (a tied
-    head) drop nothing. With DoRA,
+    remat and vmap too, and also if `jit` or `remat` is put around layers of the model. (What counts
+    is which of the model's matmuls and loops a use is: a layer put before it, or layers unrolled
+    that were scanned, do change its masks; and `vmap` over rbg keys differs in JAX itself.)
+    Looked-up rows (embeddings), matmuls with the transposed weight (a tied head) and what
+    `materialize="allow"` forms drop nothing; a matmul of one-hot rows is a matmul. With DoRA,
 
         y = x W + (m / n - 1) (drop(x) W) + (m / n) ((drop(x) a) * scale) b.
 
     Call it within the loss, on the whole tree, with a new key each step; leave it out to evaluate.
     In a shard_map of the model, shards of an activation draw their own masks if it is typed as
-    varying (`check_vma=True`, the default).
+    varying (`check_vma=True`, the default). Elsewhere (`check_vma=False`, pmap) fold the device's
+    index into the key. A gradient that the model takes itself (a force, a penalty) is refused,
+    since its two passes would not see the same mask: take it outside of `lora_apply`.
 
     Args:
       lora: the tree.
@@ -121,7 +171,8 @@ def with_dropout(lora: Any, key: jax.Array | None, rate: float | None = None) ->
         no key is attached: the path without dropout, exactly.
 
     Raises:
-      TargetError: a rate outside of [0, 1); a key that is not a single one.
+      TargetError: a rate outside of [0, 1); a key that is not a single one; (from `lora_apply`) a
+        gradient within the function.
 
     >>> from jaxlora import LoraConfig, init, lora_apply
     >>> config = LoraConfig(rank=2, targets=["kernel"], dropout=0.5)

@@ -62,7 +62,9 @@ class LoraWeight:
       scale: alpha / rank, or alpha / sqrt(rank): float32, (stacked...).
       magnitude: m, (stacked..., output...); None: plain LoRA.
       squared_norm: ||W||^2 over the input dims, (stacked..., output...), kept so that a step need
-        not read W for it; computed here if it is not given. A new `w` needs a new one: None.
+        not read W for it; computed here if it is not given. A new `w` needs a new one: None, or
+        `jaxlora.with_base`. It is gathered, cast or marked as varying where `w` is; where a
+        shard_map splits the inputs, that must be typed (`check_vma=True`, the default).
       dropout_key: a key for each stacked element, (stacked...), from `with_dropout`; None: no
         dropout.
       dropout: the rate at which elements of the adapter's input are dropped, where there is a key.

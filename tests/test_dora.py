@@ -53,8 +53,8 @@ def test_is_pefts(name, monkeypatch):
     )
     lora = {"w": weight}
     if "mask" in want:
-        drop = lambda self, x: x * want["mask"].astype(np.float32) / (1 - self.rate)
-        monkeypatch.setattr(Dropout, "drop", drop)
+        kept = lambda self, x: x * want["mask"].astype(np.float32)
+        monkeypatch.setattr(Dropout, "kept", kept)
         lora = jaxlora.with_dropout(lora, jax.random.key(0), 0.5)
     x = jnp.asarray(want["x"], None if name == "embedding" else jnp.float32)
     apply = jaxlora.lora_apply(fn)
@@ -184,13 +184,42 @@ def test_exact_where_filled():
     config = jaxlora.LoraConfig(rank=2, targets=["w"], roles={"w": "io"}, dora=True)
     lora = randomized(jaxlora.init(jax.random.key(1), params, config))
     x = jnp.ones((2, 5))
-    for value in (0.0, 2.0):
-        fn = lambda params, x, value=value: (
-            x @ jnp.pad(params["w"], ((1, 1), (0, 0)), constant_values=value)
+    around = ((1, 1, 0), (0, 0, 0))
+    zeros = lambda params, x: x @ jax.lax.pad(params["w"], 0.0, around)
+    got = jaxlora.lora_apply(zeros)(lora, x)
+    np.testing.assert_allclose(got, zeros(jaxlora.merge(lora), x), atol=1e-5)
+    twos = lambda params, x: x @ jax.lax.pad(params["w"], 2.0, around)
+    with pytest.raises(jaxlora.MaterializeError, match="fills up a weight"):
+        jaxlora.lora_apply(twos)(lora, x)
+    got = jaxlora.lora_apply(twos, materialize="allow")(lora, x)
+    np.testing.assert_allclose(got, twos(jaxlora.merge(lora), x), atol=1e-5)
+
+
+def test_a_norm_that_cancels_is_no_nan():
+    w = jax.random.normal(jax.random.key(0), (64, 3))
+    lora = {
+        "w": jaxlora.LoraWeight(
+            w=w, a=w, b=-(1 - 1e-5) * jnp.eye(3), scale=1.0, roles="io", magnitude=jnp.ones(3)
         )
-        expected = fn(jaxlora.merge(lora), x)
-        if value:
-            with pytest.raises(jaxlora.MaterializeError, match="fills up a weight"):
-                jaxlora.lora_apply(fn)(lora, x)
-        got = jaxlora.lora_apply(fn, materialize="allow")(lora, x)
-        np.testing.assert_allclose(got, expected, atol=1e-5)
+    }
+    got = jaxlora.lora_apply(lambda params, x: x @ params["w"])(lora, jnp.ones((2, 64)))
+    assert np.all(np.isfinite(got))
+
+
+def test_another_base():
+    """`with_base` keeps the adapter, and takes the norm of the new weights."""
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "c": jnp.ones(2)}
+    config = jaxlora.LoraConfig(rank=2, targets=["w"], roles={"w": "io"}, dora=True, train=["c"])
+    lora = randomized(jaxlora.init(jax.random.key(1), params, config))
+    other = jax.tree.map(lambda x: 2 * x + 1, params)
+    got = jaxlora.with_base(lora, other)
+    w, a, b = (np.asarray(x, np.float64) for x in (other["w"], lora["w"].a, lora["w"].b))
+    tuned = w + a @ b
+    expected = np.asarray(lora["w"].magnitude) / np.linalg.norm(tuned, axis=0) * tuned
+    np.testing.assert_allclose(jaxlora.merge(got)["w"], expected, rtol=2e-5, atol=1e-5)
+    np.testing.assert_array_equal(got["c"].value, lora["c"].value)
+    assert jaxlora.base_params(got)["c"] is other["c"]
+    with pytest.raises(jaxlora.TargetError, match=r"w: got a base of shape \(4, 6\)"):
+        jaxlora.with_base(lora, {"w": params["w"].T, "c": params["c"]})
+    with pytest.raises(jaxlora.TargetError, match="params of another structure"):
+        jaxlora.with_base(lora, {"w": params["w"]})

@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxlora
+from jaxlora._dropout import Dropout
 
 KEY = jax.random.key(7)
 
@@ -274,3 +275,66 @@ def test_config_and_grad():
     assert (one["w"].a != other["w"].a).any()
     assert_close(one, again)
     assert step._cache_size() == 1
+
+
+def test_wrappers_around_layers_change_no_mask():
+    """remat or jit around a layer, and other equations before it: the same masks."""
+    lora = identity("w", "v")
+    two = lambda w, v, x: jnp.stack([x @ w, (x @ v) * 1.0])
+    plain = lambda p, x: two(p["w"], p["v"], x) @ p["w"]
+    expected = run(plain, lora, X)
+    for wrap in (jax.checkpoint, jax.jit, lambda f: jax.jit(jax.checkpoint(f))):
+        wrapped = lambda p, x, wrap=wrap: wrap(two)(p["w"], p["v"], jnp.abs(x)) @ p["w"]
+        np.testing.assert_array_equal(run(wrapped, lora, X), expected)
+
+
+def test_gradients_within_the_function_are_refused():
+    energy = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))
+    force = lambda p, x: jax.grad(energy, 1)(p, x)
+    penalty = lambda p, x: jax.grad(jax.checkpoint(energy), 1)(p, x)
+    tangent = lambda p, x: jax.jvp(lambda x: x @ p["w"], (x,), (x,))
+    for fn in (force, penalty, tangent):
+        with pytest.raises(jaxlora.TargetError, match="a gradient that the function itself takes"):
+            run(fn, identity("w"), X)
+        jaxlora.lora_apply(fn)(identity("w"), X)
+    # One that is taken outside is not, also of the bare transform.
+    for jit in (True, False):
+        jax.grad(lambda x, jit=jit: run(energy, identity("w"), x, jit=jit))(X)
+
+
+def test_a_weight_beside_itself():
+    fn = lambda p, x: jnp.split(x @ jnp.concatenate([p["w"], p["w"]], 1), 2, axis=1)
+    assert all_differ(run(fn, identity("w"), X))
+
+
+def test_dora_of_integer_activations():
+    """What is divided by 1 - rate is the result: integers stay what they are."""
+    lora = {
+        "w": dataclasses.replace(
+            identity("w", rate=0.3)["w"], w=jnp.eye(8), magnitude=3 * jnp.ones(8)
+        )
+    }
+    fn = lambda p, x: jax.lax.dot_general(
+        x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    got, expected = (run(fn, lora, X.astype(dtype)) for dtype in (jnp.int8, jnp.float32))
+    assert_close(got, expected)
+
+
+def test_dora_of_fused_weights(monkeypatch):
+    """Each part of a fused weight meets what it drops alone, at no more FLOPs than by itself."""
+    rng = np.random.default_rng(0)
+    lora = {
+        name: dataclasses.replace(
+            lw, w=jnp.asarray(rng.standard_normal((8, 8)), jnp.float32), magnitude=jnp.full(8, 2.0)
+        )
+        for name, lw in identity("q", "k", "v").items()
+    }
+    dropped = jaxlora.with_dropout(lora, KEY)
+    fused = lambda p, x: x @ jnp.concatenate([p["q"], p["k"], p["v"]], 1)
+    parts = lambda p, x: jnp.concatenate([x @ p["q"], x @ p["k"], x @ p["v"]], 1)
+    text = str(jax.make_jaxpr(jaxlora.lora_apply(fused))(dropped, X))
+    assert text.count("f32[4,24] = dot_general") == 1
+    mask = jnp.asarray(rng.random(X.shape) < 0.5)
+    monkeypatch.setattr(Dropout, "kept", lambda self, x: jnp.where(mask, x, 0))
+    assert_close(*(jaxlora.lora_apply(fn)(dropped, X) for fn in (fused, parts)))
