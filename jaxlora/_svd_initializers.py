@@ -170,7 +170,8 @@ def loftq(quantize: Callable[[jax.Array], Any], iterations: int = 1) -> Initiali
     Args:
       quantize: a function of an array of W's shape and dtype. It gives the base as it will be kept:
         an array that stands for quantized values (its error is measured after rounding to W's
-        dtype, in which it is kept), or an object with `shape` and `dequantize()`.
+        dtype, in which it is kept), or an object with `shape` and `dequantize()`, which the rest
+        of jaxlora does not take yet.
       iterations: how often.
 
     Returns:
