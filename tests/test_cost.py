@@ -4,6 +4,7 @@ Everything here is counted by the compiler or read from the program, so nothing 
 machine's speed. XLA counts a loop's body once: scanned is compared with scanned only.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,10 +53,15 @@ class Program(NamedTuple):
         return compiled_figures(self.compiled)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(params=MODELS)
 def programs(request: pytest.FixtureRequest) -> dict[str, Program]:
+    return _programs(request.param)
+
+
+@functools.cache  # a fixture of the module is made again when tests come in another order
+def _programs(name: str) -> dict[str, Program]:
     """The four steps. No activation has the shape of a kernel, nor any adapter."""
-    built = steps(MODELS[request.param], batch=4, length=24, rank=2, tx=optax.adam(1e-2))
+    built = steps(MODELS[name], batch=4, length=24, rank=2, tx=optax.adam(1e-2))
     with ThreadPoolExecutor() as pool:  # compiling leaves Python's lock
         return dict(zip(built, pool.map(_run, built.values()), strict=True))
 

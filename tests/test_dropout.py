@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES
-from helpers import assert_close, randomized
+from helpers import assert_close, assert_same, randomized
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -155,7 +155,7 @@ def test_masks_differ(name):
         fn = lambda p, x: jnp.stack([several(p, x)[0], x @ p["v"][0]])
     got = run(fn, lora, X)
     assert all_differ(got)
-    if name == "while":  # no reverse mode
+    if name not in ("two uses", "inner jit", "remat", "nested scan", "carried", "scan over layers"):
         return
     dropped = jaxlora.with_dropout(lora, KEY)
     trainable, frozen = jaxlora.partition(dropped)
@@ -197,22 +197,21 @@ def test_never_on_lookups_nor_on_transposed_uses():
 @pytest.mark.parametrize("name", ["linen_attention", "linen_conv", "linen_scan", "linen_embed"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_every_kind(name, dora):
-    """The mean over keys is what is computed without dropout, as all of it is linear in the mask
-    (where layers do not follow each other); and dropping all weights' inputs changes something."""
+    """Other keys give other results, if no embedding's; equal keys equal ones."""
     case = dataclasses.replace(CASES[name], dora=dora, traces=[])
     lora, args = case.lora()
     lora = randomized(lora)
-    apply = case.apply
-    expected = apply(lora, *args)
-    run = lambda key: apply(jaxlora.with_dropout(lora, key, 0.3), *args)
-    several = jax.jit(jax.vmap(run))(jax.random.split(KEY, 4 if name == "linen_scan" else 1024))
+    run = jax.jit(lambda key: case.apply(jaxlora.with_dropout(lora, key, 0.3), *args))
+    several = [run(key) for key in jax.random.split(jax.random.key(0), 3)]
+    assert_same(run(jax.random.split(jax.random.key(0), 3)[0]), several[0])
     if name == "linen_embed":
-        assert_close(several[0], expected)
+        assert_close(several[0], case.apply(lora, *args))
         return
-    assert all_differ(several[:4])
-    if name == "linen_conv":
-        error = np.abs(several.mean(0) - expected).max()
-        assert error < 6 * np.asarray(several).std(0).max() / np.sqrt(len(several))
+    assert all_differ(several)
+    if name == "linen_conv":  # linear in the mask: the mean is what nothing is dropped from
+        many = jax.jit(jax.vmap(run))(jax.random.split(KEY, 512))
+        error = np.abs(many.mean(0) - case.apply(lora, *args)).max()
+        assert error < 6 * np.asarray(many).std(0).max() / np.sqrt(len(many))
 
 
 def test_integers_and_narrow_activations_keep_their_dtypes():

@@ -18,8 +18,10 @@ ONE_BRANCH = {"cond_branches", "cond_chooses_a_weight"}
 
 # bfloat16 inside a float32 function: rounded at other places by another compilation.
 ROUNDED = {"mixed_precision": 1000, "conv_mixed_precision": 1000, "linen_dense_bfloat16": 1}
+ROUNDED["dora_linen_dense_bfloat16"] = 1
 
-merge = jax.jit(jaxlora.merge)  # one program a case, not one for each operation
+# Evaluated op by op too, each of which is compiled: a fourth of the cases, of all kinds.
+EAGER = set(sorted(CASES)[::4])
 
 
 def over(cases):
@@ -57,18 +59,19 @@ def test_roles_are_traced(case: Case):
 def test_forward(case: Case):
     """Starts at the base; factored is merged; compiled once; eager, jitted and warm agree."""
     lora, args = case.lora()
-    plain, apply = jax.jit(case.fn), case.apply
+    merged, apply = jax.jit(lambda lora, *args: case.fn(jaxlora.merge(lora), *args)), case.apply
     case.traces.clear()
     factor = ROUNDED.get(case.name, 1)
-    base = plain(jaxlora.base_params(lora), *args)
+    base = merged(lora, *args)  # b is zero
     assert_close(apply(lora, *args), base)
 
     lora = randomized(lora)
     got = apply(lora, *args)
-    assert_close(got, plain(merge(lora), *args), factor)
+    assert_close(got, merged(lora, *args), factor)
     assert_same(apply(lora, *args), got)
     assert len(case.traces) <= 1
-    assert_close(jaxlora.lora_apply(case.fn, jit=False)(lora, *args), got, factor)
+    if case.name in EAGER:
+        assert_close(jaxlora.lora_apply(case.fn, jit=False)(lora, *args), got, factor)
     if case.name != "while_decode":  # its tokens may agree
         assert any(
             np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max() > 0.01

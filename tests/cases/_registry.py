@@ -25,6 +25,7 @@ class Case:
       roles: {path: roles} of what is adapted, as `trace_roles` should find them.
       declared: roles that only the user can know, for LoraConfig(roles=...).
       dora: whether the adapters are DoRA's.
+      is_plain: whether its params are made by NumPy.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     roles: Mapping[str, str]
     declared: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dora: bool = False
+    is_plain: bool = False
     traces: list[int] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
@@ -48,6 +50,8 @@ class Case:
     @functools.cache  # noqa: B019  (cases live as long as the tests)
     def lora(self) -> tuple[Any, tuple[Any, ...]]:
         """(a lora tree with fresh adapters, args)"""
+        if self.is_plain and not self.dora:
+            return self._build()  # there is nothing to compile
         return jax.jit(self._build)()  # one program to compile, not one for each operation
 
     def abstract(self, dtype: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -72,7 +76,7 @@ class Case:
 
 def _zero(key: jax.Array, w: Any, target: Target) -> Any:
     a, b = factor_shapes(w, target)
-    return w, jnp.zeros(a, target.dtype), jnp.zeros(b, target.dtype)
+    return w, np.zeros(a, target.dtype), np.zeros(b, target.dtype)
 
 
 def cast(tree: Any, dtype: Any) -> Any:
@@ -89,7 +93,10 @@ def case(roles: Mapping[str, str], declared: Mapping[str, str] | None = None):
 
     def enter(define: Callable[[], tuple[Any, Any]]) -> None:
         fn, make = define()
-        CASES[define.__name__] = Case(define.__name__, fn, make, roles, declared or {})
+        is_plain = make.__module__ == __name__
+        CASES[define.__name__] = Case(
+            define.__name__, fn, make, roles, declared or {}, is_plain=is_plain
+        )
 
     return enter
 
