@@ -184,7 +184,8 @@ def scaled(lora: Any, factor: Any) -> Any:
             raise TargetError(
                 f"{path}: got a factor of {factor} for a weight with DoRA's magnitude, expected 1, "
                 "since its value is not linear in a and b. Make it a plain adapter first: "
-                "jaxlora.extract(base, jaxlora.merge(lora), config)."
+                "jaxlora.extract(base, jaxlora.merge(lora), config), without dora, and of a larger "
+                "rank, since the difference is not of low rank."
             )
         scale = jnp.asarray(leaf.scale * factor, jnp.float32)
         return dataclasses.replace(leaf, scale=scale)
@@ -264,5 +265,6 @@ def _check_bases(loras: list[Any]) -> None:
             raise TargetError(
                 f"{what}: got a base with other values than that of loras[0], expected one base, "
                 f"since an adapter is a difference to it. They differ at:{_paths.listing(odd)}\n"
-                "For that model on this base: jaxlora.extract(base, jaxlora.merge(lora), config)."
+                "If its initializer moved it: jaxlora.rebase(lora, initial, params). For another "
+                "model on this base: jaxlora.extract(base, jaxlora.merge(lora), config)."
             )

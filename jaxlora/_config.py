@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import numbers
 import re
@@ -51,7 +52,7 @@ class LoraConfig:
 
     Raises:
       TargetError: a rank below 1, an alpha that is not a positive number, a dropout rate outside
-        of [0, 1).
+        of [0, 1), an initializer that is no function of (key, w, target).
 
     >>> LoraConfig(rank=8, alpha=16, targets=["query", "value"]).scale("encoder/query/kernel")
     2.0
@@ -109,10 +110,26 @@ class LoraConfig:
                 f"LoraConfig: got bias {self.bias!r}, expected 'none', 'all' or 'lora_only'."
             )
         check_rate(self.dropout, "LoraConfig")
+        self._check_initializer()
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TargetError(
                 f"LoraConfig: got dtype {self.dtype}, expected a floating-point type."
             )
+
+    def _check_initializer(self) -> None:
+        f = self.initializer
+        try:
+            inspect.signature(f).bind("key", "w", "target")
+            return
+        except ValueError:  # a callable whose signature is not known
+            return
+        except TypeError:
+            name = f if isinstance(f, str) else getattr(f, "__name__", repr(f))
+        raise TargetError(
+            f"LoraConfig: got initializer {name!r}, expected a function (key, w, target) -> "
+            "(w, a, b), for instance jaxlora.initializers.olora; those that have settings or need "
+            "data make one when they are called: jaxlora.initializers.pissa(), eva(stats)."
+        )
 
     def rank_of(self, path: str) -> int:
         """The rank of the adapter at a path."""

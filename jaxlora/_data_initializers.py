@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
-from jaxlora._moments import Moments, moments_of
+from jaxlora._moments import Moments, check_statistics, moments_of
 from jaxlora._svd_initializers import balanced, check_niter, truncated_svd
 from jaxlora._target import (
     Initializer,
@@ -166,6 +166,7 @@ def eva_ranks(
     cost: dict[str, int] = {}
     ranks: dict[str, int] = {}
     candidates: list[tuple[float, str]] = []
+    check_statistics(stats, "eva_ranks")
     for path, moments in stats.items():
         if not np.all(np.asarray(moments.count) > 0):
             raise TargetError(

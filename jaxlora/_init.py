@@ -177,6 +177,12 @@ def select(
         found = {path for path, leaf in leaves.items() if matches_name(path, leaf, name)}
         if not found:
             vectors = [path for path, leaf in leaves.items() if is_below(path, leaf, name)]
+            if field == "targets" and any(len(leaves[path].shape) >= 2 for path in vectors):
+                raise TargetError(
+                    f"targets: {name!r} is above modules, expected the name of a weight or of the "
+                    f"module right above it. It holds:{_paths.listing(vectors)}\n"
+                    f"For everything below it, a regex: targets=r'(.*/)?{name}/.*kernel'."
+                )
             if field == "targets" and vectors:
                 raise TargetError(
                     f"targets: {name!r} matches only leaves that no adapter fits, expected weights "

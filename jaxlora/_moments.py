@@ -48,6 +48,15 @@ class Moments:
 jax.tree_util.register_dataclass(Moments, data_fields=["count", "total", "second"], meta_fields=[])
 
 
+def check_statistics(stats: Any, method: str) -> None:
+    """Raises a TargetError unless `stats` maps paths to `Moments`."""
+    if not isinstance(stats, Mapping) or not all(isinstance(m, Moments) for m in stats.values()):
+        raise TargetError(
+            f"{method}: got statistics of type {type(stats).__name__}, expected {{path: Moments}} "
+            "of the weights' inputs, from jaxlora.input_moments(fn, lora, batches)."
+        )
+
+
 def moments_of(stats: Mapping[str, Moments], w: Any, target: Target, method: str) -> Moments:
     """The moments of a target's inputs.
 
@@ -63,6 +72,7 @@ def moments_of(stats: Mapping[str, Moments], w: Any, target: Target, method: str
             f"made: rows are looked up by number. Leave it out, {exclude}."
         )
     call = "jaxlora.input_moments(fn, lora, batches)"
+    check_statistics(stats, method)
     moments = _paths.lookup(stats, path)
     if moments is None:
         raise TargetError(

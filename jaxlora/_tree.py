@@ -213,6 +213,11 @@ def with_dropout(lora: Any, key: jax.Array | None, rate: float | None = None) ->
         keys = jax.random.split(mine, stacked) if stacked else mine
         return dataclasses.replace(leaf, dropout_key=keys, dropout=own)
 
+    if not any(isinstance(x, LoraWeight) for x in jax.tree.leaves(lora, is_leaf=is_node)):
+        raise TargetError(
+            "with_dropout: got a tree without adapters, expected one from jaxlora.init: "
+            "jaxlora.with_dropout(jaxlora.combine(trainable, frozen), key)."
+        )
     return _map_nodes(keyed, lora)
 
 
@@ -349,7 +354,7 @@ def count_params(lora: Any) -> ParamCount:
 
 
 def summary(lora: Any) -> str:
-    """A table of what trains and how: LoRA, DoRA or in full; then the totals.
+    """A table of what trains and how: LoRA, DoRA or in full; then the totals, and dropout if any.
 
     >>> from jaxlora import LoraConfig, init
     >>> params = {"kernel": jnp.ones((30, 40)), "bias": jnp.ones(40)}
@@ -384,6 +389,13 @@ def summary(lora: Any) -> str:
         f"{total.trainable:,} of {total.base:,} parameters train ({total.percent:.3f}%); "
         f"{frozen} {'leaf is' if frozen == 1 else 'leaves are'} frozen"
     )
+    dropping = [x for _, x in pairs if isinstance(x, LoraWeight) and x.dropout]
+    if dropping:
+        rates = ", ".join(f"{rate:g}" for rate in sorted({x.dropout for x in dropping}))
+        off = all(x.dropout_key is None for x in dropping)
+        lines.append(
+            f"dropout {rates}: {'off; with_dropout(lora, key) turns it on' if off else 'on'}"
+        )
     return "\n".join(lines)
 
 

@@ -38,7 +38,8 @@ def freeze_base(
       lora: a tree of the structure that will be trained; only its structure is kept.
 
     Raises:
-      TargetError: (from `init` or `update`) a tree of another structure.
+      TargetError: a tree in which nothing trains, or with leaves that are no numbers; (from `init`
+        or `update`) a tree of another structure.
 
     >>> from jaxlora import LoraConfig, init
     >>> params = {"kernel": jnp.ones((3, 4))}
@@ -58,6 +59,11 @@ def freeze_base(
                 "functions and random keys out of the tree."
             )
     mask = trainable_mask(lora)
+    if not any(jax.tree.leaves(mask)):
+        raise TargetError(
+            "freeze_base: got a tree in which nothing trains, expected one from jaxlora.init: "
+            "jaxlora.freeze_base(tx, lora), with lora = jaxlora.init(key, params, config)."
+        )
     masked = optax.masked(tx, mask)
 
     def check(tree: Any, what: str) -> None:

@@ -337,3 +337,10 @@ def test_dora_of_fused_weights(monkeypatch):
     mask = jnp.asarray(rng.random(X.shape) < 0.5)
     monkeypatch.setattr(Dropout, "kept", lambda self, x: jnp.where(mask, x, 0))
     assert_close(*(jaxlora.lora_apply(fn)(dropped, X) for fn in (fused, parts)))
+
+
+def test_the_table_says_whether_it_is_on():
+    lora = identity("w", rate=0.25)
+    assert jaxlora.summary(lora).splitlines()[-1].startswith("dropout 0.25: off")
+    assert jaxlora.summary(jaxlora.with_dropout(lora, KEY)).endswith("dropout 0.25: on")
+    assert "dropout" not in jaxlora.summary(identity("w", rate=0.0))

@@ -402,3 +402,36 @@ def test_the_path_is_the_weights_own_though_inner_jits_share_a_trace():
     text = message(MaterializeError, lambda: jaxlora.lora_apply(fn)(lora, jnp.ones((5, 6))))
     assert text.startswith("v: the primitive `sin`")
     assert "exclude=['v']" in text
+
+
+@pytest.mark.parametrize(
+    "initializer", ["pissa", None, jaxlora.initializers.pissa, jaxlora.initializers.eva]
+)
+def test_initializers_that_are_no_functions(initializer):
+    with pytest.raises(TargetError, match=r"got initializer .*jaxlora\.initializers\.pissa\(\)"):
+        LoraConfig(targets=["w"], initializer=initializer)
+
+
+def test_statistics_of_another_kind():
+    config = LoraConfig(
+        targets=["w"], roles={"w": "io"}, initializer=jaxlora.initializers.eva([jnp.ones(3)])
+    )
+    with pytest.raises(TargetError, match=r"statistics of type list, expected \{path: Moments\}"):
+        jaxlora.init(jax.random.key(0), {"w": jnp.ones((3, 3))}, config)
+
+
+def test_a_name_above_modules():
+    params = {"layers": {"0": {"kernel": jnp.ones((3, 3))}}}
+    with pytest.raises(TargetError, match=r"'layers' is above modules") as error:
+        jaxlora.init(jax.random.key(0), params, LoraConfig(targets=["layers"]))
+    regex = str(error.value).split("targets=r'")[1].split("'")[0]
+    lora = jaxlora.init(jax.random.key(0), params, LoraConfig(targets=regex))
+    assert lora["layers"]["0"]["kernel"].rank == 8
+
+
+def test_trees_without_adapters():
+    params = {"w": jnp.ones((3, 3))}
+    with pytest.raises(TargetError, match="with_dropout: got a tree without adapters"):
+        jaxlora.with_dropout(params, jax.random.key(0))
+    with pytest.raises(TargetError, match="freeze_base: got a tree in which nothing trains"):
+        jaxlora.freeze_base(optax.sgd(1.0), params)
