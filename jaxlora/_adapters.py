@@ -14,7 +14,7 @@ from jaxlora import _merging, _paths
 from jaxlora._alike import base_of, check_alike, differing
 from jaxlora._errors import TargetError
 from jaxlora._low_rank import check_rank
-from jaxlora._tree import _map_nodes
+from jaxlora._tree import map_nodes
 from jaxlora._weight import FullWeight, is_node
 
 Method: TypeAlias = Literal[
@@ -139,7 +139,7 @@ def weighted_sum(
         return _merging.sum_lora(job, base_of(leaf))
 
     leaves = [dict(_paths.flatten_with_paths(lora, is_leaf=is_node)[0]) for lora in loras]
-    return _map_nodes(summed, loras[0])
+    return map_nodes(summed, loras[0])
 
 
 def scaled(lora: Any, factor: Any) -> Any:
@@ -190,7 +190,7 @@ def scaled(lora: Any, factor: Any) -> Any:
         scale = jnp.asarray(leaf.scale * factor, jnp.float32)
         return dataclasses.replace(leaf, scale=scale)
 
-    return _map_nodes(multiplied, lora)
+    return map_nodes(multiplied, lora)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def _check_bases(loras: list[Any]) -> None:
                 f"{what}: got a tree without adapters, expected one from jaxlora.init. Of a tuned "
                 "model: jaxlora.extract(base, tuned, config)."
             )
-        _map_nodes(lambda _, leaf: leaf, lora)  # which checks that they are whole
+        map_nodes(lambda _, leaf: leaf, lora)  # which checks that they are whole
         check_alike(lora, loras[0], what, "Make all adapters with jaxlora.init on one base.")
         odd = differing(lora, loras[0])
         if odd:

@@ -17,7 +17,7 @@ from jaxlora._config import LoraConfig
 from jaxlora._errors import TargetError
 from jaxlora._init import init
 from jaxlora._matrix import factors_from_matrix, factors_to_matrix, to_matrix, widened
-from jaxlora._tree import _map_nodes
+from jaxlora._tree import map_nodes
 from jaxlora._weight import FullWeight, LoraWeight, is_node, with_magnitude
 from jaxlora.initializers import Target, factor_shapes
 
@@ -167,7 +167,7 @@ def truncate(lora: Any, rank: int | None = None, energy: float | None = None) ->
         a, b = factors_from_matrix(a, b, lw.shape, lw.roles)
         return dataclasses.replace(lw, a=a.astype(lw.a.dtype), b=b.astype(lw.b.dtype))
 
-    return _map_nodes(cut, lora)
+    return map_nodes(cut, lora)
 
 
 def wide_factors(lw: LoraWeight) -> tuple[jax.Array, jax.Array]:
@@ -263,7 +263,7 @@ def extract(
             return leaf
         return FullWeight(w=leaf, value=jnp.array(value))  # a copy: both can be donated
 
-    return _map_nodes(place, built)
+    return map_nodes(place, built)
 
 
 def _zeros(key: jax.Array, w: Any, target: Target) -> tuple[Any, Any, Any]:

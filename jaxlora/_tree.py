@@ -15,7 +15,7 @@ from jaxlora._errors import TargetError
 from jaxlora._weight import FullWeight, LoraWeight, check_rate, delta, is_node
 
 
-def _map_nodes(f: Callable[[str, Any], Any], lora: Any) -> Any:
+def map_nodes(f: Callable[[str, Any], Any], lora: Any) -> Any:
     """f(path, leaf or node) over a tree; nodes are checked first."""
     pairs, treedef = _paths.flatten_with_paths(lora, is_leaf=is_node)
     for path, leaf in pairs:
@@ -49,7 +49,7 @@ def merge(lora: Any) -> Any:
             return (w.astype(wide.dtype) + wide).astype(w.dtype)
         return leaf
 
-    return _map_nodes(merged, lora)
+    return map_nodes(merged, lora)
 
 
 def base_params(lora: Any) -> Any:
@@ -64,7 +64,7 @@ def base_params(lora: Any) -> Any:
     >>> base_params(lora)["kernel"] is params["kernel"]
     True
     """
-    return _map_nodes(lambda _, leaf: leaf.w if is_node(leaf) else leaf, lora)
+    return map_nodes(lambda _, leaf: leaf.w if is_node(leaf) else leaf, lora)
 
 
 def with_base(lora: Any, params: Any) -> Any:
@@ -138,7 +138,7 @@ def with_scale(lora: Any, scale: Any) -> Any:
         value = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), jnp.shape(leaf.scale))
         return dataclasses.replace(leaf, scale=value)
 
-    return _map_nodes(scaled, lora)
+    return map_nodes(scaled, lora)
 
 
 def with_dropout(lora: Any, key: jax.Array | None, rate: float | None = None) -> Any:
@@ -218,7 +218,7 @@ def with_dropout(lora: Any, key: jax.Array | None, rate: float | None = None) ->
             "with_dropout: got a tree without adapters, expected one from jaxlora.init: "
             "jaxlora.with_dropout(jaxlora.combine(trainable, frozen), key)."
         )
-    return _map_nodes(keyed, lora)
+    return map_nodes(keyed, lora)
 
 
 _TRAIN = {LoraWeight: {"a", "b", "magnitude"}, FullWeight: {"value"}}
@@ -307,7 +307,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
             "combine: got halves of two different trees, expected both from one "
             f"jaxlora.partition(lora). {error}"
         ) from None
-    return _map_nodes(lambda _, leaf: leaf, joined)  # which checks that they fit
+    return map_nodes(lambda _, leaf: leaf, joined)  # which checks that they fit
 
 
 class ParamCount(NamedTuple):
@@ -348,7 +348,7 @@ def count_params(lora: Any) -> ParamCount:
     ParamCount(trainable=140, base=1200, total=1340)
     """
     counts = jax.tree.leaves(
-        _map_nodes(lambda _, leaf: _count(leaf), lora), is_leaf=lambda x: isinstance(x, ParamCount)
+        map_nodes(lambda _, leaf: _count(leaf), lora), is_leaf=lambda x: isinstance(x, ParamCount)
     )
     return ParamCount(*(sum(column) for column in zip(*counts, strict=True)))
 

@@ -145,7 +145,7 @@ _layers = {
 
 @pytest.mark.parametrize("name", [*_twice, *_layers])
 def test_masks_differ(name):
-    """Per use, per step, per layer, per adapter: also the gradient sees what the forward saw."""
+    """Per use, step, layer and adapter. Of some: the gradient sees what the forward saw."""
     layered = name in _layers
     fn = (_layers if layered else _twice)[name]
     lora = identity("w", "v", layers=3) if layered else identity("w", "v")

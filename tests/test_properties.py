@@ -57,7 +57,7 @@ def test_roles_are_traced(case: Case):
 
 @everywhere
 def test_forward(case: Case):
-    """Starts at the base; factored is merged; compiled once; eager, jitted and warm agree."""
+    """Starts at the base; factored is merged; compiled once; warm, and eager (EAGER), agree."""
     lora, args = case.lora()
     merged, apply = jax.jit(lambda lora, *args: case.fn(jaxlora.merge(lora), *args)), case.apply
     case.traces.clear()
