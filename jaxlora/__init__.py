@@ -8,6 +8,8 @@ from jaxlora._config import LoraConfig
 from jaxlora._errors import MaterializeError, RolesError, TargetError
 from jaxlora._init import init
 from jaxlora._low_rank import extract, truncate
+from jaxlora._quantize import dequantize, merge_quantized, prepare_for_training, quantize
+from jaxlora._quantized_array import QuantizedArray, quantize_array
 from jaxlora._rebase import rebase
 from jaxlora._roles import TracedRoles, trace_roles
 from jaxlora._tree import (
@@ -34,6 +36,7 @@ __all__ = [
     "LoraWeight",
     "MaterializeError",
     "ParamCount",
+    "QuantizedArray",
     "RolesError",
     "TargetError",
     "TracedRoles",
@@ -41,6 +44,7 @@ __all__ = [
     "combine",
     "count_params",
     "delta",
+    "dequantize",
     "extract",
     "freeze_base",
     "init",
@@ -48,8 +52,12 @@ __all__ = [
     "input_moments",
     "lora_apply",
     "merge",
+    "merge_quantized",
     "optim",
     "partition",
+    "prepare_for_training",
+    "quantize",
+    "quantize_array",
     "rebase",
     "scaled",
     "summary",

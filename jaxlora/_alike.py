@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
+from jaxlora._quantized import dense, is_quantized
 from jaxlora._weight import LoraWeight, is_node
 
 
@@ -79,6 +80,8 @@ def _text(leaf: Any) -> str:
 
 
 def _differ(x: Any, y: Any) -> bool:
+    if is_quantized(x) != is_quantized(y):
+        x, y = dense(x), dense(y)
     # A quantized weight is a pytree of its codes.
     return x is not y and any(map(_arrays_differ, jax.tree.leaves(x), jax.tree.leaves(y)))
 

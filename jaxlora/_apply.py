@@ -18,9 +18,10 @@ from jaxlora import (
 from jaxlora._dropout import uses
 from jaxlora._errors import MaterializeError, TargetError
 from jaxlora._factored import Factored, Node
+from jaxlora._quantized import is_quantized
 from jaxlora._rules import apply_rule
 from jaxlora._sharded import constrained
-from jaxlora._weight import LoraWeight, is_node
+from jaxlora._weight import FullWeight, LoraWeight, is_node
 
 Materialize = Literal["error", "allow"]
 
@@ -189,7 +190,7 @@ def lora_apply(
         )
 
     def run(arguments: Arguments, dynamic: list[Any]) -> Any:
-        nodes = [x if is_node(x) else None for x in dynamic]
+        nodes = [x if is_node(x) or is_quantized(x) else None for x in dynamic]
         paths = arguments.paths(dynamic)
         arrays = [as_array(x, path) for x, path in zip(dynamic, paths, strict=True)]
         out_tree = None
@@ -202,10 +203,8 @@ def lora_apply(
 
         closed = jax.make_jaxpr(flat)(arrays)
         inner, _ = _compat.split_jaxpr(closed)
-        values = [
-            Factored.of(node, path, k) if isinstance(node, LoraWeight) else array
-            for k, (node, array, path) in enumerate(zip(nodes, arrays, paths, strict=True))
-        ]
+        pairs = zip(dynamic, paths, strict=True)
+        values = [as_value(x, path, k) for k, (x, path) in enumerate(pairs)]
         outs = Interpreter(on_materialize).eval(closed, values)
         inputs = {v: k for k, v in enumerate(inner.invars)}
 
@@ -234,11 +233,24 @@ def lora_apply(
 
 
 def as_array(x: Any, path: str) -> Any:
-    """What `fn` is traced with in place of a leaf."""
+    """What `fn` is traced with in place of a leaf: an array, or its form."""
     if is_node(x):
         x.check(path)
-        return x.w if isinstance(x, LoraWeight) else x.value
-    return x
+        x = x.w if isinstance(x, LoraWeight) else x.value
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x
+
+
+def as_value(x: Any, path: str, origin: int | None = None) -> Any:
+    """What the interpreter has in place of a leaf."""
+    if isinstance(x, LoraWeight):
+        return Factored.of(x, path, origin)
+    x = x.value if isinstance(x, FullWeight) else x
+    return Factored.plain(x, path, origin) if is_quantized(x) else x
+
+
+def _is_whole(x: Any) -> bool:
+    """Whether x is a leaf to us and none to JAX."""
+    return is_node(x) or is_quantized(x)
 
 
 class _Array:
@@ -270,14 +282,14 @@ class Arguments:
         cls, args: Any, kwargs: Any, is_dynamic: Callable[[Any], bool] = is_array
     ) -> tuple[Arguments, list[Any]]:
         """(the rest, the arrays and nodes) of a call's arguments."""
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
-        dynamic = [is_dynamic(x) or is_node(x) for x in leaves]
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_whole)
+        dynamic = [is_dynamic(x) or _is_whole(x) for x in leaves]
         static = tuple(_ARRAY if d else x for d, x in zip(dynamic, leaves, strict=True))
         return cls(treedef, static), [x for d, x in zip(dynamic, leaves, strict=True) if d]
 
     def paths(self, dynamic: list[Any]) -> list[str]:
         """Of each array or node, the path within its argument."""
-        stand_ins = [jax.tree.leaves(x)[0] if is_node(x) else x for x in dynamic]
+        stand_ins = [_ARRAY if _is_whole(x) else x for x in dynamic]
         pairs, _ = _paths.flatten_with_paths(self.rebuild(stand_ins))
         # The first two keys say which argument a leaf is in; the rest is the params' own path.
         return [

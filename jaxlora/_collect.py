@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxlora import _paths
-from jaxlora._apply import Arguments, Interpreter, as_array
+from jaxlora._apply import Arguments, Interpreter, as_array, as_value
 from jaxlora._contractions import Contraction
+from jaxlora._deferred import used, value_of
 from jaxlora._errors import MaterializeError, TargetError
-from jaxlora._factored import Factored, Node
+from jaxlora._factored import Factored, Node, frozen
 from jaxlora._matrix import split_shape
 from jaxlora._moments import Moments
 from jaxlora._moves import RANK, Labelled, Unfactorable, contract
@@ -124,11 +125,11 @@ def _added(fn: Callable[..., Any], arguments: Arguments, dynamic: list[Any], sum
         # The tree's weights come before the batch's leaves, in the order of their paths.
         left = iter(sums.values())
         values = [
-            _Gauge.over(x, next(left), path) if isinstance(x, LoraWeight) else array
-            for x, array, path in zip(dynamic, arrays, paths, strict=True)
+            _Gauge.over(x, next(left), path) if isinstance(x, LoraWeight) else as_value(x, path)
+            for x, path in zip(dynamic, paths, strict=True)
         ]
         outs = Interpreter(_refuse).eval(closed, values)
-        outs = [v.w if isinstance(v, Node) else v for v in outs]
+        outs = [value_of(v.w) if isinstance(v, Node) else v for v in outs]
         floats = [v for v in outs if jnp.issubdtype(v.dtype, jnp.floating)]
         if not floats:
             raise TargetError(
@@ -142,8 +143,8 @@ def _added(fn: Callable[..., Any], arguments: Arguments, dynamic: list[Any], sum
 
 def _refuse(node: Node, use: str) -> Any:
     assert isinstance(node, Factored)
-    if node.is_row:
-        return node.w
+    if node.is_row or not node.terms:
+        return node.sum()
     raise MaterializeError(
         f"{node.path}: {use}: input_moments cannot tell what its inputs are. Leave this weight out "
         f"of the targets: LoraConfig(..., exclude={[*map(_paths.short, node.path.split(', '))]})."
@@ -177,16 +178,16 @@ class _Gauge(Factored):
         n = _inputs(lw)
         eye = jnp.eye(n, dtype=jnp.float32).reshape(*(lw.shape[d] for d in i), n)
         term = _Sum(Labelled(eye, (*i, RANK)), Labelled(c, (*s, RANK)), Labelled(jnp.ones(()), ()))
-        return cls(lax.stop_gradient(lw.w), (term,), path)
+        return cls(frozen(lw.w), (term,), path)
 
     def sum(self, valid: Labelled | None = None) -> jax.Array:
-        return self.w
+        return value_of(self.w)
 
     def materialized(self) -> jax.Array:
-        return self.w
+        return value_of(self.w)
 
     def contracted(self, x: Any, contraction: Contraction) -> Any:
-        y = contraction.base(x, self.w)
+        y = used(contraction.base, x, self.w)
         for t in self.terms:
             # A tied head contracts what the roles call outputs: no inputs are met.
             inputs = {d for d in t.a.dims if d != RANK and t.size(d) != 1}

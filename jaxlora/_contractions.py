@@ -54,9 +54,9 @@ class Contraction:
         """The equation itself, of an activation and a plain weight."""
         return _compat.bind(self.eqn, [x, w])[0]
 
-    def base_of(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
+    def base_of(self, t: Term, y: Any, x: Any, w: Any) -> Any:
         """The equation with what a term's window leaves of the plain weight; of y's shape."""
-        return self.base(x, node.w)
+        return self.base(x, w)
 
     def sides(self, node: Factored) -> tuple[list[Term], list[Term]]:
         """DoRA's terms: those whose columns are summed over, and those whose columns stay.
@@ -197,15 +197,15 @@ class Dot(Contraction):
     def gain_on_y(self, node: Factored, t: Term, y: Any) -> Any:
         return t.gain_along(self._axes(y), y.ndim)
 
-    def base_of(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
-        w, widths = node.w, [(0, 0, 0)] * y.ndim
+    def base_of(self, t: Term, y: Any, x: Any, w: Any) -> Any:
+        part, widths = w, [(0, 0, 0)] * y.ndim
         for d, (start, total) in t.window:
             if d in self.free:
                 end = start + t.size(d)
-                w = lax.slice_in_dim(w, start, end, axis=d)
+                part = lax.slice_in_dim(part, start, end, axis=d)
                 widths[self._axes(y)[d]] = (start, total - end, 0)
-        part = self.base(x, w)
-        return part if w is node.w else lax.pad(part, jnp.zeros((), part.dtype), widths)
+        seen = self.base(x, part)
+        return seen if part is w else lax.pad(seen, jnp.zeros((), seen.dtype), widths)
 
     def share(self, node: Factored, t: Term, x: Any, y: Any) -> Any:
         x_dims, out = self._labels(x)

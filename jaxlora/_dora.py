@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlora import _compat
 from jaxlora._matrix import ROLE_LETTERS, widened
+from jaxlora._quantized import by_stack, is_quantized
 
 
 def _letters(roles: str) -> tuple[str, str, str, str]:
@@ -24,6 +25,8 @@ def _letters(roles: str) -> tuple[str, str, str, str]:
 
 def squared_norm(w: Any, roles: str) -> jax.Array:
     """||W||^2 over the input dims, in float32 or wider: (stacked..., output...)."""
+    if is_quantized(w):
+        return by_stack(lambda w: squared_norm(w, roles[-w.ndim :]), w)
     letters, stacked, _, outputs = _letters(roles)
     squares = jnp.square(jnp.asarray(w).astype(widened(w.dtype)))
     return jnp.einsum(f"{letters}->{stacked}{outputs}", squares)
@@ -44,6 +47,12 @@ def column_norm(w: Any, a: Any, b: Any, scale: Any, squared: Any, roles: str) ->
       Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.3.
     """
     w, a, b, scale, squared = map(jax.lax.stop_gradient, (w, a, b, scale, squared))
+    if is_quantized(w):
+
+        def of_one(w: jax.Array, a: Any, b: Any, scale: Any, squared: Any) -> jax.Array:
+            return column_norm(w, a, b, scale, squared, roles[-w.ndim :])
+
+        return by_stack(of_one, w, a, b, scale, squared)
     dtype = jnp.result_type(*(widened(x.dtype) for x in (w, a, b)))
     letters, s, i, o = _letters(roles)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -12,9 +13,11 @@ from jax import lax
 
 from jaxlora import _compat
 from jaxlora._contractions import Contraction
+from jaxlora._deferred import Decoded, Deferred, used, value_of
 from jaxlora._dropout import Dropout
 from jaxlora._matrix import widened
 from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable, times
+from jaxlora._quantized import is_quantized
 from jaxlora._terms import Term
 from jaxlora._weight import LoraWeight, excess
 
@@ -38,7 +41,7 @@ class Static(str):
 class Node:
     """A value of the interpreter that stands for a weight: a `Factored`, or a `Probe`.
 
-    `w` is an array of the weight's present shape; `origin` says which input of the enclosing
+    `w` is an array of the weight's present shape, or will be (`Deferred`); `origin` says which input of the enclosing
     function this node is, unchanged, if it is one.
     """
 
@@ -122,7 +125,7 @@ class Node:
 
     def varying(self) -> Any:
         """This node, all of its leaves typed as varying over the manual axes that w varies over."""
-        axes = _compat.varying(self.w)
+        axes = frozenset().union(*map(_compat.varying, jax.tree.leaves(self.w)))
         node = jax.tree.map(lambda leaf: _compat.vary(leaf, axes), self)
         return node.replace(origin=self.origin)
 
@@ -158,6 +161,8 @@ def unmarked(values: Iterable[Any]) -> list[Any]:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factored(Node):
     """W + the sum of its terms, times 1 + the sum of their excesses.
+
+    Without terms it is a quantized weight that has no adapter.
 
     Attributes:
       w: the base array, in its present shape and dtype.
@@ -205,7 +210,12 @@ class Factored(Node):
             excess=None if lw.magnitude is None else Labelled(excess(lw), (*s, *o)),
             dropout=drop,
         )
-        return cls(lax.stop_gradient(lw.w), (term,), path, origin)
+        return cls(frozen(lw.w), (term,), path, origin)
+
+    @classmethod
+    def plain(cls, w: Any, path: str, origin: int | None = None) -> Factored:
+        """A quantized weight without an adapter."""
+        return cls(frozen(w), (), path, origin)
 
     def after(self, uses: int) -> Factored:
         return self._dropping(lambda drop: drop.after(uses))
@@ -254,6 +264,7 @@ class Factored(Node):
         pairs = {(d, axis) for d, names in axes for axis in names if axis is not None}
         return node.replace(
             origin=self.origin,
+            w=node.w.resized() if isinstance(node.w, Deferred) else node.w,
             sharded=frozenset(pairs) | (self.sharded if nested else frozenset()),
             varied=self.varied if nested else frozenset(),
         )
@@ -264,6 +275,8 @@ class Factored(Node):
 
     @property
     def is_row(self) -> bool:
+        if not self.terms:  # which dims are its inputs is not known
+            return bool(self.picked)
         return self._all_picked("i") or self._all_picked("o")
 
     def _all_picked(self, side: str) -> bool:
@@ -291,7 +304,9 @@ class Factored(Node):
         )
 
     def roles(self) -> str:
-        """The roles of the present dims, of the first term; '1' for dims that it does not span."""
+        """The roles of the present dims, of the first term; '1' for dims that none spans."""
+        if not self.terms:
+            return "1" * len(self.shape)
         term = self.terms[0]
         letters = {(True, True): "s", (True, False): "i", (False, True): "o"}
         return "".join(
@@ -299,7 +314,10 @@ class Factored(Node):
         )
 
     def leaf_dims(self) -> list[Dims]:
-        return [tuple(range(len(self.shape))), *(f.dims for t in self.terms for f in t.factors)]
+        own = [tuple(range(len(self.shape)))]
+        if isinstance(self.w, Deferred):
+            own = self.w.leaf_dims()
+        return [*own, *(f.dims for t in self.terms for f in t.factors)]
 
     def moved(self, move: Move, w: Any) -> Any:
         picked = self.picked | move.picked
@@ -322,10 +340,11 @@ class Factored(Node):
         )
         # A lookup of some rows (an embedding) is an activation from here on. As many rows as there
         # are may be a permutation of the weight, and stay one until they are used.
-        rows = node._all_picked("i") and w.size < self.w.size
+        rows = bool(self.terms) and node._all_picked("i") and w.size < self.w.size
         if not rows and any(t.grows_along(d) for t in self.terms for d in move.fills):
             raise Unfactorable("it fills up a weight whose columns DoRA scales")
-        return node.sum(move.valid) if not node.terms or rows else node
+        gone = bool(self.terms) and not node.terms and not isinstance(w, Deferred)
+        return node.sum(move.valid) if gone or rows else node
 
     def dropped(self, d: int, leaves: Sequence[Any]) -> Factored:
         old = jax.tree.structure(self)
@@ -337,6 +356,7 @@ class Factored(Node):
 
         terms = tuple(t.each(drop, {e - (e > d): span for e, span in t.window}) for t in node.terms)
         return node.replace(
+            w=node.w.dropped(d) if isinstance(node.w, Deferred) else node.w,
             terms=terms,
             picked=frozenset(e - (e > d) for e in self.picked if e != d),
             sides=self.sides | ({self.roles()[d]} & {"i", "o"}),
@@ -352,6 +372,7 @@ class Factored(Node):
 
         terms = tuple(t.each(add, {e + 1: span for e, span in t.window}) for t in node.terms)
         return node.replace(
+            w=node.w.stacked() if isinstance(node.w, Deferred) else node.w,
             terms=terms,
             picked=frozenset(e + 1 for e in self.picked),
             sharded=frozenset((e + 1, axis) for e, axis in self.sharded),
@@ -359,7 +380,9 @@ class Factored(Node):
         )
 
     def filled(self, d: int) -> Factored:
-        return self.replace(terms=tuple(t.filled([d]) for t in self.terms), origin=self.origin)
+        terms = tuple(t.filled([d]) for t in self.terms)
+        w = self.w.spanning(d) if isinstance(self.w, Deferred) else self.w
+        return self.replace(w=w, terms=terms, origin=self.origin)
 
     def sum(self, valid: Labelled | None = None) -> jax.Array:
         """The value in W's dtype: rows of a looked-up weight.
@@ -367,7 +390,7 @@ class Factored(Node):
         A row out of bounds may be NaN, and so may be what comes back to it; neither may reach the
         gradient of the factor that all rows share. It does not reach a table's either.
         """
-        total, mask = self.w, None
+        total, mask = value_of(self.w), None
         if valid is not None:
             mask = lax.broadcast_in_dim(valid.array, self.shape, valid.dims)
         for t in self.terms:
@@ -378,7 +401,7 @@ class Factored(Node):
     def materialized(self) -> jax.Array:
         """The value in float32 arithmetic at the highest precision, rounded once."""
         wide = widened(self.w.dtype)
-        total = self.w.astype(wide)
+        total = value_of(self.w).astype(wide)
         for t in self.terms:
             total = total + t.value(self.shape, wide, lax.Precision.HIGHEST)
         return self._grown(total).astype(self.w.dtype)
@@ -422,7 +445,7 @@ class Factored(Node):
     def contracted(self, x: Any, contraction: Contraction) -> Any:
         on_x, on_y = contraction.sides(self)
         x = grown(x, [(contraction.gain_on_x(self, t, x), x) for t in on_x])
-        y = contraction.base(x, self.w)
+        y = used(contraction.base, x, self.w)
         with jax.named_scope("lora"):  # for profiles
             shares, bases = [], {}
             for k, t in enumerate(self.terms):
@@ -433,12 +456,18 @@ class Factored(Node):
                     kept = drop.kept(x)
                     seen = drop.grown(contraction.operand(self, kept, y))
                     if t in on_y:  # DoRA sees what is dropped too
-                        bases[t] = drop.grown(contraction.base_of(self, t, kept, y))
+                        part = functools.partial(contraction.base_of, t, y)
+                        bases[t] = drop.grown(used(part, kept, self.w))
                 shares.append(contraction.share(self, t, seen, y))
             total = _added(y, shares)
             seen = [_added(bases[t], shares) if t in bases else total for t in on_y]
             gains = [contraction.gain_on_y(self, t, y) for t in on_y]
             return grown(total, list(zip(gains, seen, strict=True)))
+
+
+def frozen(w: Any) -> Any:
+    """A base weight as the interpreter has it: an array, or what will be one."""
+    return Decoded.of(w) if is_quantized(w) else lax.stop_gradient(w)
 
 
 def _added(y: Any, shares: Iterable[Any]) -> Any:

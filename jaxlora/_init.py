@@ -13,6 +13,7 @@ from jaxlora import _paths
 from jaxlora._config import ALL_LINEAR, LoraConfig
 from jaxlora._errors import RolesError, TargetError
 from jaxlora._matrix import split_shape
+from jaxlora._quantized import dense
 from jaxlora._roles import LOOKUP, OTHER, TracedRoles, agree, swapped
 from jaxlora._target import Target
 from jaxlora._weight import (
@@ -75,7 +76,8 @@ def init(
 
     excluded = select(config.exclude, leaves, "exclude", is_below)
     full = select(config.train, leaves, "train", is_below)
-    targets = [p for p in _targets(config, leaves, roles) if p not in excluded]
+    found = find_targets(config.targets, leaves, roles)
+    targets = [p for p in found if p not in excluded]
     if config.targets == ALL_LINEAR:
         targets = [p for p in targets if p not in full]
     if not targets:
@@ -88,7 +90,7 @@ def init(
     full |= _biases(config, leaves, targets)
     for path in full:
         _check_floating(path, leaves[path])
-    _check_shared(params, full.union(targets))
+    check_shared(params, full.union(targets))
     if roles is not None and not isinstance(roles, TracedRoles):
         for path in roles:
             if _paths.lookup(leaves, path) is None:
@@ -101,7 +103,7 @@ def init(
 
     def place(path: str, leaf: Any) -> Any:
         if path in full:
-            return FullWeight(w=leaf, value=jnp.array(leaf))  # a copy: both can be donated
+            return FullWeight(w=leaf, value=jnp.array(dense(leaf)))  # a copy: both can be donated
         if path not in adapted:
             return leaf
         target = Target(
@@ -208,22 +210,22 @@ def is_below(path: str, leaf: Any, name: str) -> bool:
     return any(_paths.matches_leaf("/".join(parts[:k]), name) for k in range(1, len(parts) + 1))
 
 
-def _targets(
-    config: LoraConfig, leaves: Mapping[str, Any], roles: Mapping[str, str] | None
+def find_targets(
+    targets: _paths.Pattern, leaves: Mapping[str, Any], roles: Mapping[str, str] | None
 ) -> list[str]:
-    if config.targets == ALL_LINEAR:
+    """The paths of the weights that `targets` names, in the order of the leaves."""
+    if targets == ALL_LINEAR:
         if not isinstance(roles, TracedRoles):
             raise TargetError(
                 'targets: got "all-linear" without traced roles, expected to know the model\'s '
-                "matmuls. Call jaxlora.init(key, params, config, "
-                "roles=jaxlora.trace_roles(fn, params, *args))."
+                "matmuls: roles=jaxlora.trace_roles(fn, params, *args)."
             )
         linear = {_paths.short(path) for path in roles.uses if roles.is_linear(path)}
         found = {p for p, x in leaves.items() if len(x.shape) >= 2 and _paths.short(p) in linear}
         if not found:
             raise _no_match("targets", ALL_LINEAR, leaves)
     else:
-        found = select(config.targets, leaves, "targets", _weight_of)
+        found = select(targets, leaves, "targets", _weight_of)
     return [path for path in leaves if path in found]
 
 
@@ -249,7 +251,7 @@ def _check_floating(path: str, leaf: Any) -> None:
         )
 
 
-def _check_shared(params: Any, chosen: set[str]) -> None:
+def check_shared(params: Any, chosen: set[str]) -> None:
     """Raises if a chosen leaf is an NNX variable that an unsplit module has in several places."""
     for paths in _paths.shared_variables(params):
         if chosen & {*paths}:

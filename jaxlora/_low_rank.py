@@ -17,6 +17,7 @@ from jaxlora._config import LoraConfig
 from jaxlora._errors import TargetError
 from jaxlora._init import init
 from jaxlora._matrix import factors_from_matrix, factors_to_matrix, to_matrix, widened
+from jaxlora._quantized import dense
 from jaxlora._tree import map_nodes
 from jaxlora._weight import FullWeight, LoraWeight, is_node, with_magnitude
 from jaxlora.initializers import Target, factor_shapes
@@ -258,10 +259,10 @@ def extract(
         if isinstance(leaf, LoraWeight):
             return _nearest(path, leaf, value, config, energy)
         if isinstance(leaf, FullWeight):
-            return FullWeight(w=leaf.w, value=jnp.array(value))
+            return FullWeight(w=leaf.w, value=jnp.array(dense(value)))
         if path not in changed:
             return leaf
-        return FullWeight(w=leaf, value=jnp.array(value))  # a copy: both can be donated
+        return FullWeight(w=leaf, value=jnp.array(dense(value)))  # a copy: both can be donated
 
     return map_nodes(place, built)
 
@@ -319,6 +320,6 @@ def _nearest(
 def _difference(tuned: Any, w: Any, roles: str) -> tuple[Svd, jax.Array]:
     """The SVD of tuned - w, and the norms of the tuned weight's columns: (stacked..., O)."""
     dtype = jnp.result_type(widened(w.dtype), widened(tuned.dtype))
-    target = to_matrix(tuned.astype(dtype), roles)
-    parts = svd(target - to_matrix(w.astype(dtype), roles))
+    target = to_matrix(tuned, roles).astype(dtype)
+    parts = svd(target - to_matrix(w, roles).astype(dtype))
     return parts, jnp.linalg.norm(target, axis=-2)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlora._quantized import dense
+
 ROLE_LETTERS = "sio"
 
 
@@ -38,7 +40,7 @@ def to_matrix(w: Any, roles: str) -> jax.Array:
     (6, 5)
     """
     stacked, inputs, outputs = split_shape(w.shape, roles)
-    ordered = jnp.transpose(jnp.asarray(w), _order(roles))
+    ordered = jnp.transpose(dense(w), _order(roles))
     return ordered.reshape(*stacked, math.prod(inputs), math.prod(outputs))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxlora._errors import TargetError
 from jaxlora._low_rank import halves, svd, svd_of_product, wide_factors
 from jaxlora._matrix import factors_from_matrix, to_matrix, widened
+from jaxlora._quantized import dense
 from jaxlora._weight import FullWeight, LoraWeight, delta
 
 
@@ -92,12 +93,12 @@ def sum_full(job: Job, w: Any) -> FullWeight:
 def difference(node: FullWeight) -> jax.Array:
     """What training has added to the base leaf, in float32 or wider."""
     dtype = jnp.result_type(widened(node.value.dtype), widened(node.w.dtype))
-    return jnp.asarray(node.value, dtype) - jnp.asarray(node.w, dtype)
+    return jnp.asarray(node.value, dtype) - dense(node.w).astype(dtype)
 
 
 def moved(node: FullWeight, w: Any, by: jax.Array) -> FullWeight:
     """A leaf trained in full with the value w + by."""
-    value = jnp.asarray(w, by.dtype) + by.reshape(w.shape)
+    value = dense(w).astype(by.dtype) + by.reshape(w.shape)
     return FullWeight(w=w, value=value.astype(node.value.dtype))
 
 

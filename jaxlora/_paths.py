@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import jax
 from flax.core.meta import AxisMetadata
 
+from jaxlora._quantized import is_quantized
+
 Pattern: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool]
 """A regex of the whole path, a sequence of names, or a function of (path, leaf)."""
 
@@ -21,7 +23,7 @@ def flatten_with_paths(
 ) -> tuple[list[tuple[str, Any]], Any]:
     """Flattens a tree into [(path, leaf)] and its treedef.
 
-    A path is the leaf's keys joined by '/'. The key between a box and what it holds is left out,
+    A path is the leaf's keys joined by '/'. A quantized weight is one leaf. The key between a box and what it holds is left out,
     so that `nnx.Param` and Linen's `Partitioned` do not show in paths. Boxes are recognised by
     their type: a dict key or a field that happens to be called `value` stays.
 
@@ -37,19 +39,22 @@ def flatten_with_paths(
     """
     boxes = _box_types()
 
+    def whole(x: Any) -> bool:
+        return is_leaf(x) or is_quantized(x)
+
     def walk(node: Any, prefix: tuple[str, ...]) -> Iterable[tuple[str, Any]]:
         keyed, _ = jax.tree_util.tree_flatten_with_path(
-            node, is_leaf=lambda x: is_leaf(x) or (x is not node and isinstance(x, boxes))
+            node, is_leaf=lambda x: whole(x) or (x is not node and isinstance(x, boxes))
         )
         inside_box = isinstance(node, boxes)
         for keys, leaf in keyed:
             names = prefix + tuple(_key_name(k) for k in keys[inside_box:])
-            if isinstance(leaf, boxes) and not is_leaf(leaf):
+            if isinstance(leaf, boxes) and not whole(leaf):
                 yield from walk(leaf, names)
             else:
                 yield "/".join(names), leaf
 
-    return list(walk(tree, ())), jax.tree.structure(tree, is_leaf=is_leaf)
+    return list(walk(tree, ())), jax.tree.structure(tree, is_leaf=whole)
 
 
 def shared_variables(tree: Any) -> list[list[str]]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
+from jaxlora._quantized import dense
 from jaxlora._target import known
 from jaxlora._weight import LoraWeight, delta, is_node
 
@@ -63,7 +64,7 @@ def rebase(lora: Any, initial: Any, params: Any = None) -> Any:
         first = _partner(path, leaf, before.get(path))
         # Where the adapter started from: w + s a0 b0.
         change = delta(dataclasses.replace(first, w=leaf.w, magnitude=None, squared_norm=None))
-        start = jnp.asarray(leaf.w).astype(change.dtype) + change
+        start = dense(leaf.w).astype(change.dtype) + change
         if originals is None:
             w = start.astype(leaf.w.dtype)
         else:
@@ -89,10 +90,10 @@ def _check_original(path: str, original: Any, w: Any, start: jax.Array) -> None:
         )
 
     def largest(*arrays: Any) -> jax.Array:
-        each = [jnp.max(jnp.abs(jnp.asarray(x)), initial=0) for x in arrays]
+        each = [jnp.max(jnp.abs(dense(x)), initial=0) for x in arrays]
         return jnp.max(jnp.array(each, start.dtype))
 
-    error = known(lambda x, y: largest(x - jnp.asarray(y)), start, original)
+    error = known(lambda x, y: largest(x - dense(y)), start, original)
     size = known(largest, w, original, start)
     if error is None or size is None:
         return

@@ -13,6 +13,7 @@ from jaxlora._apply import Arguments, Interpreter, as_array, is_array
 from jaxlora._contractions import Contraction, letter_of
 from jaxlora._factored import Node
 from jaxlora._moves import Dims, Move
+from jaxlora._quantized import is_quantized
 from jaxlora._weight import is_node
 
 MATMUL, LOOKUP, OTHER = "matmul", "lookup", "other"
@@ -243,7 +244,7 @@ def trace_roles(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) 
     """
 
     def is_abstract(x: Any) -> bool:
-        return is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+        return is_array(x) or is_quantized(x) or isinstance(x, jax.ShapeDtypeStruct)
 
     arguments, dynamic = Arguments.split((params, *args), kwargs, is_abstract)
     arrays = [as_array(x, path) for x, path in zip(dynamic, arguments.paths(dynamic), strict=True)]

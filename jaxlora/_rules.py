@@ -20,6 +20,7 @@ from jaxlora import _compat
 from jaxlora import _moves as moves
 from jaxlora._contractions import Dot
 from jaxlora._convolution import Conv
+from jaxlora._deferred import Deferred, bound, moved
 from jaxlora._factored import Node, unmarked
 from jaxlora._moves import Move, Unfactorable
 from jaxlora._ragged import RaggedDot
@@ -120,8 +121,7 @@ def structural(*names: str):
             if any(isinstance(v, Node) for v in others) or not isinstance(node, Node):
                 raise Unfactorable("the weight is not its operand")
             move = describe(node.shape, eqn.params, *others)
-            (w,) = _compat.bind(eqn, [node.w, *others])
-            return [node.moved(move, w)]
+            return [node.moved(move, moved(eqn, node.w, others, move))]
 
         rule(*names)(run)
         return describe
@@ -187,11 +187,11 @@ def _gather(shape, params, indices) -> Move:
 @rule("tile")
 def _tile(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     """A broadcast along new dims, each fused with the one that it repeats."""
-    (node,), (w,) = values, _compat.bind(eqn, [values[0].w])
+    (node,), w = values, bound(eqn, [values[0].w])
     reps, shape = eqn.params["reps"], node.shape
     spread = [n for pair in zip(reps, shape, strict=True) for n in pair]
     dims = range(1, 2 * len(shape), 2)
-    repeated = lax.broadcast_in_dim(node.w, spread, dims)
+    repeated = jax.ShapeDtypeStruct(spread, w.dtype)
     node = node.moved(moves.broadcast_in_dim(shape, spread, dims), repeated)
     return [node.moved(moves.reshape(spread, w.shape), w)]
 
@@ -201,31 +201,32 @@ def _split(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequen
     (node,) = values
     axis, out, at = eqn.params["axis"], [], 0
     ones = (1,) * len(node.shape)
-    for w, size in zip(_compat.bind(eqn, [node.w]), eqn.params["sizes"], strict=True):
+    for k, size in enumerate(eqn.params["sizes"]):
         lo, hi = [0] * len(ones), list(node.shape)
         lo[axis], hi[axis], at = at, at + size, at + size
-        out.append(node.moved(moves.cut(lo, hi, ones, node.shape), w))
+        move = moves.cut(lo, hi, ones, node.shape)
+        out.append(node.moved(move, moved(eqn, node.w, [], move, k)))
     return out
 
 
 @rule("concatenate")
 def _concatenate(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    (w,) = _compat.bind(eqn, [v.w if isinstance(v, Node) else v for v in values])
+    w = bound(eqn, [v.w if isinstance(v, Node) else v for v in values])
     return [_join(w, values, eqn.params["dimension"])]
 
 
 @rule("stack")
 def _stack(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    (w,) = _compat.bind(eqn, [v.w if isinstance(v, Node) else v for v in values])
+    w = bound(eqn, [v.w if isinstance(v, Node) else v for v in values])
     axis = eqn.params["axis"]
     dims = [d for d in range(w.ndim) if d != axis]
     shape = (*w.shape[:axis], 1, *w.shape[axis + 1 :])
 
     def unit(v: Any) -> Any:
-        array = lax.broadcast_in_dim(v.w if isinstance(v, Node) else v, shape, dims)
         if not isinstance(v, Node):
-            return array
-        return v.moved(moves.broadcast_in_dim(v.shape, shape, dims), array)
+            return lax.broadcast_in_dim(v, shape, dims)
+        form = jax.ShapeDtypeStruct(shape, v.w.dtype)  # the whole is stacked already
+        return v.moved(moves.broadcast_in_dim(v.shape, shape, dims), form)
 
     return [_join(w, [unit(v) for v in values], axis)]
 
@@ -245,13 +246,15 @@ def _convert(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequ
     (node,) = values
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         raise Unfactorable(f"it converts to {eqn.params['new_dtype']}")
-    return [node.replace(w=_compat.bind(eqn, [node.w])[0])]
+    return [node.replace(w=bound(eqn, [node.w]))]
 
 
 @rule("copy", "copy_p", "name", "reduce_precision")
 def _as_it_is(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     (node,) = values
-    return [node.replace(w=_compat.bind(eqn, [node.w])[0])]
+    if isinstance(node.w, Deferred) and eqn.primitive.name != "reduce_precision":
+        return [node.replace()]  # a policy that saves by name is not to save what is decoded
+    return [node.replace(w=bound(eqn, [node.w]))]
 
 
 @rule("stop_gradient")
@@ -278,7 +281,7 @@ def behind_barrier(values: Sequence[Any]) -> list[Any]:
 @rule("neg")
 def _neg(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     (node,) = values
-    return [node.scaled(_compat.bind(eqn, [node.w])[0], -1.0)]
+    return [node.scaled(bound(eqn, [node.w]), -1.0)]
 
 
 @rule("mul", "div")
@@ -291,7 +294,7 @@ def _scale(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequen
     node: Node
     factor: Any
     node, factor = (left, right) if isinstance(left, Node) else (right, left)
-    (w,) = _compat.bind(eqn, [v.w if v is node else v for v in values])
+    w = bound(eqn, [v.w if v is node else v for v in values])
     if w.shape != node.shape:
         raise Unfactorable("it grows the weight")
     return [node.scaled(w, 1 / factor if eqn.primitive.name == "div" else factor)]

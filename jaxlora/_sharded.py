@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlora import _compat, _moves
+from jaxlora._deferred import Deferred, moved, value_of
 from jaxlora._factored import Node
 from jaxlora._moves import Unfactorable, project
 from jaxlora._rules import rule
@@ -49,26 +51,33 @@ def _each(node: Node, sharding: Any, place: Callable[[Any, Any], Any], rank: Any
 @rule("sharding_constraint")
 def _constraint(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     (node,) = values
-    (w,) = _compat.bind(eqn, [node.w])
-    return [constrained(node, eqn.params["sharding"]).replace(w=w)]
+    placed = constrained(node, eqn.params["sharding"])
+    if isinstance(node.w, Deferred):
+        return [placed]
+    return [placed.replace(w=_compat.bind(eqn, [node.w])[0])]
 
 
 @rule("reshard", "mesh_cast")
 def _reshard(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     (node,) = values
-    (w,) = _compat.bind(eqn, [node.w])
-    moved = _each(node, eqn.params["dst_sharding"], jax.sharding.reshard, None)
-    return [moved.replace(w=w)]
+    placed = _each(node, eqn.params["dst_sharding"], jax.sharding.reshard, None)
+    if isinstance(node.w, Deferred):
+        return [placed]
+    return [placed.replace(w=_compat.bind(eqn, [node.w])[0])]
 
 
 @rule("device_put")
 def _device_put(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    outs = _compat.bind(eqn, [v.w if isinstance(v, Node) else v for v in values])
-    targets = eqn.params["devices"]
-    return [
-        _each(v, target, jax.device_put, None).replace(w=w) if isinstance(v, Node) else w
-        for v, w, target in zip(values, outs, targets, strict=True)
-    ]
+    # What is decoded later is put there as codes, and here as nothing.
+    plain = [v.w if isinstance(v, Node) else v for v in values]
+    outs = _compat.bind(eqn, [jnp.zeros(()) if isinstance(w, Deferred) else w for w in plain])
+    placed = []
+    for v, w, target in zip(values, outs, eqn.params["devices"], strict=True):
+        if isinstance(v, Node):
+            there = _each(v, target, jax.device_put, None)
+            w = there if isinstance(v.w, Deferred) else there.replace(w=w)
+        placed.append(w)
+    return placed
 
 
 @rule("shard_map")
@@ -107,7 +116,7 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Se
             if isinstance(v, Node):
                 if v.origin is not None and _same(in_specs[v.origin], params["out_specs"][k]):
                     unchanged[k] = v.origin
-                    outs[k] = v.w
+                    outs[k] = value_of(v.w)
                 else:
                     outs[k] = interpreter.materialize(v, use)
         return outs
@@ -156,8 +165,7 @@ def _all_gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> S
         raise Unfactorable("its devices may hold other factors along the dims that stay")
     groups = params["axis_index_groups"]
     move = _moves.all_gather(len(node.shape), axis, names, groups, params["tiled"])
-    (w,) = _compat.bind(eqn, [node.w])
-    return [node.moved(move, w)]
+    return [node.moved(move, moved(eqn, node.w, [], move))]
 
 
 @rule("ppermute")
@@ -170,4 +178,8 @@ def _ppermute(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Seq
 @rule("pvary", "pcast")
 def _pvary(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     (node,) = values
+    if isinstance(node.w, Deferred):
+        leaves, treedef = jax.tree.flatten(node.w)
+        w = jax.tree.unflatten(treedef, [_compat.bind(eqn, [leaf])[0] for leaf in leaves])
+        return [node.replace(w=w).varying()]
     return [node.replace(w=_compat.bind(eqn, [node.w])[0]).varying()]

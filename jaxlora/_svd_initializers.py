@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlora._errors import TargetError
 from jaxlora._matrix import from_matrix
+from jaxlora._quantized import is_quantized
 from jaxlora._target import (
     Initializer,
     Target,
@@ -169,9 +170,8 @@ def loftq(quantize: Callable[[jax.Array], Any], iterations: int = 1) -> Initiali
 
     Args:
       quantize: a function of an array of W's shape and dtype. It gives the base as it will be kept:
-        an array that stands for quantized values (its error is measured after rounding to W's
-        dtype, in which it is kept), or an object with `shape` and `dequantize()`, which the rest
-        of jaxlora does not take yet.
+        a quantized one, `lambda w: jaxlora.quantize_array(w, "nf4")`, or an array that stands for
+        quantized values (its error is measured after rounding to W's dtype, in which it is kept).
       iterations: how often.
 
     Returns:
@@ -198,6 +198,12 @@ def loftq(quantize: Callable[[jax.Array], Any], iterations: int = 1) -> Initiali
 
     def init(key: jax.Array, w: Any, target: Target) -> tuple[Any, jax.Array, jax.Array]:
         check_rank(w, target, "loftq")
+        if is_quantized(w):
+            raise TargetError(
+                f"{target.path}: got a weight that is quantized already, expected the original, "
+                "since loftq makes up for what quantization loses: call jaxlora.init on the "
+                "params as they were."
+            )
         w = jnp.asarray(w)
         matrix = wide_matrix(w, target)
         left = w
@@ -219,10 +225,8 @@ def _quantized(
     if getattr(base, "shape", None) != w.shape:
         raise TargetError(
             f"{target.path}: got {type(base).__name__} of shape {getattr(base, 'shape', None)} "
-            f"from loftq's `quantize`, expected an array of shape {w.shape}, or an object with "
-            "that `shape` and `dequantize()`."
+            f"from loftq's `quantize`, expected an array of shape {w.shape}, quantized or not."
         )
-    if hasattr(base, "dequantize"):
-        return base, wide_matrix(base.dequantize(), target).astype(wide_matrix(w, target).dtype)
-    base = jnp.asarray(base).astype(w.dtype)
-    return base, wide_matrix(base, target)
+    if not is_quantized(base):
+        base = jnp.asarray(base).astype(w.dtype)
+    return base, wide_matrix(base, target).astype(wide_matrix(w, target).dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxlora import _paths
 from jaxlora._errors import TargetError
 from jaxlora._matrix import factors_from_matrix, from_matrix, split_shape, to_matrix, widened
+from jaxlora._quantized import as_before
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -93,12 +94,12 @@ def moved(
     The model starts where w was. What is taken from w is the product of a and b as they are kept,
     rounded to their dtype, so that the one error left is the rounding of the moved base to w's own
     dtype: half a unit in its last place. (No a and b of that rank could take it up, since it is
-    noise of full rank.)
+    noise of full rank.) A quantized w is quantized again: its error is that of its kind.
     """
     matrix = wide_matrix(w, target)
     kept_a, kept_b = (x.astype(target.dtype).astype(matrix.dtype) for x in (a, b))
     rest = from_matrix(matrix - product(kept_a, kept_b, target), w.shape, target.roles)
-    return rest.astype(jnp.asarray(w).dtype), *factors(w, a, b, target)
+    return as_before(rest.astype(w.dtype), w, target.path), *factors(w, a, b, target)
 
 
 def known(f: Callable[..., Any], *arrays: Any) -> float | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import TargetError
+from jaxlora._quantized import dense, is_quantized
 from jaxlora._weight import FullWeight, LoraWeight, check_rate, delta, is_node
 
 
@@ -28,7 +29,7 @@ def merge(lora: Any) -> Any:
     r"""Plain params again: W + scale * sum_r a b in place of each `LoraWeight`.
 
     Computed in float32 (float64 for float64 params) and rounded once to W's dtype. A `FullWeight`
-    gives its value. The input is not changed.
+    gives its value, a quantized weight is dequantized. The input is not changed.
 
     >>> from jaxlora import LoraConfig, init
     >>> params = {"kernel": jnp.ones((3, 4))}
@@ -44,12 +45,16 @@ def merge(lora: Any) -> Any:
         if isinstance(leaf, FullWeight):
             return leaf.value
         if isinstance(leaf, LoraWeight):
-            wide = delta(leaf)
-            w = jnp.asarray(leaf.w)
-            return (w.astype(wide.dtype) + wide).astype(w.dtype)
-        return leaf
+            return merged_weight(leaf)
+        return dense(leaf) if is_quantized(leaf) else leaf
 
     return map_nodes(merged, lora)
+
+
+def merged_weight(lw: LoraWeight) -> jax.Array:
+    """The value of a weight, in W's dtype."""
+    wide = delta(lw)
+    return (dense(lw.w).astype(wide.dtype) + wide).astype(lw.dtype)
 
 
 def base_params(lora: Any) -> Any:
@@ -257,10 +262,21 @@ def partition(lora: Any) -> tuple[Any, Any]:
     >>> trainable["kernel"].w is None, frozen["kernel"].a is None
     (True, True)
     """
-    mask = trainable_mask(lora)
-    trainable = jax.tree.map(lambda m, x: x if m else None, mask, lora)
-    frozen = jax.tree.map(lambda m, x: None if m else x, mask, lora)
-    return trainable, frozen
+
+    def half(trains: bool) -> Any:
+        def kept(leaf: Any) -> Any:
+            names = _TRAIN.get(type(leaf))
+            if names is None:
+                return None if trains else leaf
+            return jax.tree_util.tree_map_with_path(
+                lambda keys, x: x if (keys[0].name in names) == trains else None,
+                leaf,
+                is_leaf=is_quantized,
+            )
+
+        return jax.tree.map(kept, lora, is_leaf=lambda x: is_node(x) or is_quantized(x))
+
+    return half(True), half(False)
 
 
 def combine(trainable: Any, frozen: Any) -> Any:

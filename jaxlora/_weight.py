@@ -20,6 +20,7 @@ from jaxlora._matrix import (
     split_shape,
     widened,
 )
+from jaxlora._quantized import dense
 
 
 def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...] = ()) -> type:
@@ -56,7 +57,8 @@ class LoraWeight:
     Only `a`, `b` and `magnitude` train; all else is frozen.
 
     Attributes:
-      w: the base weight, untouched; None in the trainable half of a partitioned tree.
+      w: the base weight, untouched: an array, or a quantized one; None in the trainable half of a
+        partitioned tree.
       a: the input side, (stacked..., input..., rank).
       b: the output side, (stacked..., rank, output...).
       scale: alpha / rank, or alpha / sqrt(rank): float32, (stacked...).
@@ -277,7 +279,7 @@ def delta(lw: LoraWeight) -> jax.Array:
     each = excess(lw).astype(dtype)
     units = tuple(1 if role == "i" else n for n, role in zip(lw.shape, lw.roles, strict=True))
     each = from_matrix(each, units, lw.roles)
-    return product + each * (jnp.asarray(lw.w).astype(dtype) + product)
+    return product + each * (dense(lw.w).astype(dtype) + product)
 
 
 def _norm(lw: LoraWeight) -> jax.Array:
