@@ -17,6 +17,9 @@ PACKAGE = pathlib.Path(jaxlora.__file__).parent
 ORDER = [
     "_errors",
     "_compat",
+    "_pytrees",
+    "_codebooks",
+    "_quantized_array",
     "_paths",
     "_matrix",
     "_dora",
