@@ -15,6 +15,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from jaxlora import _compat
+from jaxlora._codebooks import dynamic_code, middles
 from jaxlora._errors import TargetError
 
 BLOCK_SIZE = 256
@@ -195,45 +196,6 @@ def _correction(b: float, count: Any) -> Any:
 # Eight bits
 
 
-@functools.cache
-def dynamic_code(signed: bool) -> np.ndarray:
-    """The 256 values, ascending, that one byte can mean: 0, 1, and seven decades of fractions.
-
-    The k-th decade is (0.1, 1) * 10^-k, cut into 2^(7 - k) equal parts (unsigned; half as many,
-    and their negatives, if signed), of which the middles are values: fine where values are large,
-    and down to 5.5e-7 (signed) or 3.25e-7. Computed in float32, as bitsandbytes'
-    `create_dynamic_map` does, and equal to it bit for bit (where PyTorch fuses multiply and add,
-    which it does on all current CPUs).
-
-    References:
-      Dettmers et al. 2021, arXiv 2110.02861, sections 1.3 and 2.2. Dettmers 2015, 8-Bit
-      Approximations for Parallelism in Deep Learning, arXiv 1511.04561, section 2.
-
-    >>> code = dynamic_code(signed=True)
-    >>> code.shape, float(code[0]), float(code[127]), float(code[255])
-    ((256,), -0.992968738079071, 0.0, 1.0)
-    """
-    values = [np.array([0, 1], np.float32)]
-    for k in range(7):
-        parts = 2 ** (6 - k) if signed else 2 ** (7 - k)
-        middles = _middles(_boundaries(parts)) * np.float32(10.0**-k)
-        values += [middles, -middles] if signed else [middles]
-    return np.sort(np.concatenate(values))
-
-
-def _boundaries(parts: int) -> np.ndarray:
-    """`parts + 1` equally spaced numbers from 0.1 to 1, counted from the nearer end."""
-    start, stop = np.float32(0.1), np.float32(1)
-    step = np.float64((stop - start) / np.float32(parts))
-    i = np.arange(parts + 1)
-    upward, downward = np.float64(start) + step * i, np.float64(stop) - step * (parts - i)
-    return np.where(i < (parts + 1) // 2, upward, downward).astype(np.float32)
-
-
-def _middles(x: np.ndarray) -> np.ndarray:
-    return (x[:-1] + x[1:]) / x.dtype.type(2)
-
-
 class _CodeBook(NamedTuple):
     """How to read and to find an entry.
 
@@ -253,10 +215,10 @@ class _CodeBook(NamedTuple):
 @functools.cache
 def _code_book(signed: bool) -> _CodeBook:
     values = dynamic_code(signed)
-    middles = _middles(values.astype(np.float64))
-    rounded = middles.astype(np.float32)
+    exact = middles(values.astype(np.float64))
+    rounded = exact.astype(np.float32)
     below = np.nextafter(rounded, np.float32(-2))
-    thresholds = np.where(rounded > middles, below, rounded)
+    thresholds = np.where(rounded > exact, below, rounded)
     if not signed:
         thresholds[0] = 0  # what is positive does not become zero
     halves = np.arange(2**16, dtype=np.uint32)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import numbers
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 
 from jaxlora._dora import column_norm, squared_norm
@@ -20,31 +18,8 @@ from jaxlora._matrix import (
     split_shape,
     widened,
 )
+from jaxlora._pytrees import register, register_export
 from jaxlora._quantized import dense
-
-
-def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...] = ()) -> type:
-    """Registers a frozen dataclass as a pytree whose invariants are checked only where it is built.
-
-    `jax.tree_util.register_dataclass` unflattens through `__init__`, and would check half trees,
-    masks and in_axes, which rightly hold None, bools and integers in place of arrays.
-    """
-
-    def flatten_with_keys(node):
-        keyed = tuple((jax.tree_util.GetAttrKey(f), getattr(node, f)) for f in data)
-        return keyed, tuple(getattr(node, f) for f in static)
-
-    def flatten(node):
-        return tuple(getattr(node, f) for f in data), tuple(getattr(node, f) for f in static)
-
-    def unflatten(aux, children):
-        node: Any = object.__new__(cls)
-        for name, value in zip(static + data, (*aux, *children), strict=True):
-            object.__setattr__(node, name, value)
-        return node
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -201,26 +176,14 @@ class FullWeight:
         return len(self.w.shape)
 
 
-_register(
+register(
     LoraWeight,
     ("w", "a", "b", "scale", "magnitude", "squared_norm", "dropout_key"),
     ("roles", "dropout"),
 )
-_register(FullWeight, ("w", "value"))
-
-# An exported function keeps its `lora` argument's structure when it is serialized.
-jax.export.register_pytree_node_serialization(
-    LoraWeight,
-    serialized_name="jaxlora.LoraWeight",
-    serialize_auxdata=lambda aux: json.dumps(aux).encode(),
-    deserialize_auxdata=lambda data: tuple(json.loads(bytes(data))),
-)
-jax.export.register_pytree_node_serialization(
-    FullWeight,
-    serialized_name="jaxlora.FullWeight",
-    serialize_auxdata=lambda aux: b"",
-    deserialize_auxdata=lambda data: (),
-)
+register(FullWeight, ("w", "value"))
+register_export(LoraWeight)
+register_export(FullWeight)
 
 
 def is_node(x: Any) -> bool:

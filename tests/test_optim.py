@@ -23,8 +23,8 @@ from jaxlora._adamw_8bit import (
     ScaleByAdam8bitState,
     _code_book,
     _nearest,
-    dynamic_code,
 )
+from jaxlora._codebooks import dynamic_code
 from jaxlora.optim import adamw_8bit, freeze_base, labels, lora_plus
 
 KEY = jax.random.key(0)
