@@ -58,6 +58,14 @@ class Deferred:
         """
         raise Unfactorable(f"it cuts a quantized weight {self._history()}")
 
+    def split_dims(self) -> list[Dims]:
+        """The same as `leaf_dims`, but for axes that are packed: these are of the dim, in blocks."""
+        return self.leaf_dims()
+
+    def splitting(self, d: int) -> Any:
+        """The same, with every leaf either the same along dim d or to be split where d is."""
+        return self.spanning(d)
+
     def dropped(self, d: int) -> Any:
         """At one index of dim d: its leaves are sliced already."""
         raise Unfactorable(f"it cuts a quantized weight {self._history()}")
@@ -250,12 +258,27 @@ class Decoded(Deferred):
     def leaf_dims(self) -> list[Dims]:
         return [p.dims for p in self.parts]
 
+    def split_dims(self) -> list[Dims]:
+        if not isinstance(self.decoder, Rows):
+            return self.leaf_dims()
+        (last,) = self.inner
+        return [tuple(last if d == RANK else d for d in p.dims) for p in self.parts]
+
     def spanning(self, d: int) -> Decoded:
-        if d not in self.inner:
+        rows = self.splitting(d)
+        if d in rows.inner:
+            raise Unfactorable("it cuts a quantized weight along a dim that its blocks run over")
+        return rows
+
+    def splitting(self, d: int) -> Decoded:
+        if d not in self.inner or isinstance(self.decoder, Rows):
             return self
         rows = self._by_rows()
-        if rows is None or d in rows.inner:
-            raise Unfactorable("it cuts a quantized weight along a dim that its blocks run over")
+        if rows is None:
+            raise Unfactorable(
+                "it cuts a quantized weight whose rows are not made of whole blocks along a dim "
+                "that its blocks run over"
+            )
         return rows
 
     def _history(self) -> str:
@@ -283,7 +306,18 @@ class Decoded(Deferred):
         for d, n in zip(self.parts[0].dims, self.parts[0].array.shape, strict=True):
             if d != RANK:
                 shape[d] = n
+        if isinstance(self.decoder, Rows):
+            shape[self.inner[0]] = self.parts[1].array.shape[-1] * self.decoder.block_size
         return dataclasses.replace(self, shape=tuple(shape))
+
+    @classmethod
+    def stack(cls, weights: Sequence[Any]) -> Decoded | None:
+        """Weights along a new leading dim, code by code; None if they are not of one form."""
+        if not all(isinstance(w, cls) for w in weights):
+            return None
+        if len({jax.tree.structure(w) for w in weights}) > 1:
+            return None
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights).stacked()
 
 
 def _without_fill(eqn: JaxprEqn) -> dict[str, Any]:
@@ -358,6 +392,15 @@ class Call(Deferred):
             return super().leaf_dims()
         each = [v.leaf_dims() if isinstance(v, Deferred) else [()] for v in self.operands]
         return [dims for found in each for dims in found]
+
+    def split_dims(self) -> list[Dims]:
+        if self._child is None:
+            return super().split_dims()
+        each = [v.split_dims() if isinstance(v, Deferred) else [()] for v in self.operands]
+        return [dims for found in each for dims in found]
+
+    def splitting(self, d: int) -> Call:
+        return self._on_child(lambda v: v.splitting(d)) or super().splitting(d)
 
     def spanning(self, d: int) -> Call:
         return self._on_child(lambda v: v.spanning(d)) or super().spanning(d)

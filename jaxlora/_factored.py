@@ -64,7 +64,11 @@ class Node:
 
     def leaf_dims(self) -> list[Dims]:
         """For each leaf of this node as a pytree, the dims of W along its axes."""
-        raise NotImplementedError
+        return [tuple(range(len(self.shape)))]
+
+    def split_dims(self) -> list[Dims]:
+        """The same for splitting dims over devices, where blocks of a quantized one stay whole."""
+        return self.leaf_dims()
 
     def moved(self, move: Move, w: Any) -> Any:
         raise NotImplementedError
@@ -106,6 +110,10 @@ class Node:
     def filled(self, d: int) -> Any:
         """This node with every leaf spanning dim d spanning all of it."""
         return self
+
+    def splitting(self, d: int) -> Any:
+        """The same, if d is to be split over devices."""
+        return self.filled(d)
 
     def entered(self, k: int) -> Any:
         """This node as argument k of a jit whose trace others may share."""
@@ -276,7 +284,7 @@ class Factored(Node):
     @property
     def is_row(self) -> bool:
         if not self.terms:  # which dims are its inputs is not known
-            return bool(self.picked)
+            return bool(self.sides)
         return self._all_picked("i") or self._all_picked("o")
 
     def _all_picked(self, side: str) -> bool:
@@ -304,9 +312,9 @@ class Factored(Node):
         )
 
     def roles(self) -> str:
-        """The roles of the present dims, of the first term; '1' for dims that none spans."""
+        """The roles of the present dims, of the first term; '1' for dims that it does not span."""
         if not self.terms:
-            return "1" * len(self.shape)
+            return "i" * len(self.shape)
         term = self.terms[0]
         letters = {(True, True): "s", (True, False): "i", (False, True): "o"}
         return "".join(
@@ -314,9 +322,11 @@ class Factored(Node):
         )
 
     def leaf_dims(self) -> list[Dims]:
-        own = [tuple(range(len(self.shape)))]
-        if isinstance(self.w, Deferred):
-            own = self.w.leaf_dims()
+        own = self.w.leaf_dims() if isinstance(self.w, Deferred) else super().leaf_dims()
+        return [*own, *(f.dims for t in self.terms for f in t.factors)]
+
+    def split_dims(self) -> list[Dims]:
+        own = self.w.split_dims() if isinstance(self.w, Deferred) else super().leaf_dims()
         return [*own, *(f.dims for t in self.terms for f in t.factors)]
 
     def moved(self, move: Move, w: Any) -> Any:
@@ -382,6 +392,11 @@ class Factored(Node):
     def filled(self, d: int) -> Factored:
         terms = tuple(t.filled([d]) for t in self.terms)
         w = self.w.spanning(d) if isinstance(self.w, Deferred) else self.w
+        return self.replace(w=w, terms=terms, origin=self.origin)
+
+    def splitting(self, d: int) -> Factored:
+        terms = tuple(t.filled([d]) for t in self.terms)
+        w = self.w.splitting(d) if isinstance(self.w, Deferred) else self.w
         return self.replace(w=w, terms=terms, origin=self.origin)
 
     def sum(self, valid: Labelled | None = None) -> jax.Array:

@@ -157,9 +157,6 @@ class Probe(Node):
     def is_row(self) -> bool:
         return any(t.picked for t in self.tracks)
 
-    def leaf_dims(self) -> list[Dims]:
-        return [tuple(range(len(self.shape)))]
-
     def blocks(self, leaves: Sequence[Any], spec: Sequence[Any], nested: bool) -> Probe:
         (w,) = leaves
 

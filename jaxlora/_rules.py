@@ -20,7 +20,7 @@ from jaxlora import _compat
 from jaxlora import _moves as moves
 from jaxlora._contractions import Dot
 from jaxlora._convolution import Conv
-from jaxlora._deferred import Deferred, bound, moved
+from jaxlora._deferred import Decoded, Deferred, bound, moved
 from jaxlora._factored import Node, unmarked
 from jaxlora._moves import Move, Unfactorable
 from jaxlora._ragged import RaggedDot
@@ -70,7 +70,7 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
     lhs, rhs = values
     if isinstance(lhs, Node) and isinstance(rhs, Node) and not lhs.only_records:
         # A row looked up from one is an activation to the other; so is, on request, a weight.
-        row = lhs if lhs.is_row else rhs
+        row = min([v for v in values if v.is_row] or [rhs], key=lambda v: v.w.size)
         use = f"`dot_general` of two adapted weights at {interpreter.where()}"
         lhs, rhs = (interpreter.materialize(v, use) if v is row else v for v in (lhs, rhs))
     y = None
@@ -217,8 +217,9 @@ def _concatenate(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
 
 @rule("stack")
 def _stack(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-    w = bound(eqn, [v.w if isinstance(v, Node) else v for v in values])
-    axis = eqn.params["axis"]
+    axis, each = eqn.params["axis"], [v.w if isinstance(v, Node) else v for v in values]
+    w = Decoded.stack(each) if axis == 0 else None
+    w = bound(eqn, each) if w is None else w
     dims = [d for d in range(w.ndim) if d != axis]
     shape = (*w.shape[:axis], 1, *w.shape[axis + 1 :])
 

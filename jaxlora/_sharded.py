@@ -6,6 +6,7 @@ device's block of W + a b is then its block of W plus the product of its blocks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,18 @@ def constrained(value: Any, sharding: Any) -> Any:
         return value
     if not isinstance(value, Node):
         return jax.lax.with_sharding_constraint(value, sharding)
-    return _each(value, sharding, jax.lax.with_sharding_constraint, P.UNCONSTRAINED)
+    # A quantized weight stays as it lies: what is constrained is decoded later, where it is used.
+    w = value.w
+    if isinstance(w, Deferred):
+        value = value.replace(w=jax.ShapeDtypeStruct(w.shape, w.dtype))
+    placed = _each(value, sharding, _constrain, P.UNCONSTRAINED)
+    return placed.replace(w=w) if isinstance(w, Deferred) else placed
+
+
+def _constrain(x: Any, sharding: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _each(node: Node, sharding: Any, place: Callable[[Any, Any], Any], rank: Any) -> Any:
@@ -39,7 +51,7 @@ def _each(node: Node, sharding: Any, place: Callable[[Any, Any], Any], rank: Any
     placed = []
     if isinstance(sharding, NamedSharding):
         node = _filled(node, tuple(sharding.spec))
-    for leaf, dims in zip(jax.tree.leaves(node), node.leaf_dims(), strict=True):
+    for leaf, dims in zip(jax.tree.leaves(node), node.split_dims(), strict=True):
         where = sharding
         if isinstance(sharding, NamedSharding):
             spec = project(tuple(sharding.spec), dims, rank)
@@ -94,7 +106,8 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Se
             leaves.append([v])
             specs.append([P(*spec)])
         else:
-            specs.append([project(spec, dims) for dims in node.leaf_dims()])
+            specs.append([project(spec, dims) for dims in node.split_dims()])
+            _check_blocks(node, specs[-1], params["mesh"])
             pairs = zip(jax.tree.leaves(node), specs[-1], strict=True)
             leaves.append([_typed(x, p, params["mesh"]) for x, p in pairs])
 
@@ -132,11 +145,23 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Se
     return [values[unchanged[k]] if k in unchanged else v for k, v in enumerate(outs)]
 
 
+def _check_blocks(node: Node, specs: Sequence[P], mesh: Any) -> None:
+    """Raises unless each device gets whole blocks of a quantized weight."""
+    if not isinstance(node.w, Deferred):
+        return
+    for leaf, spec in zip(jax.tree.leaves(node.w), specs, strict=False):
+        for n, entry in zip(leaf.shape, spec, strict=False):
+            names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+            devices = math.prod(mesh.shape[name] for name in names)
+            if n % devices:
+                raise Unfactorable(f"it splits {n} blocks of a quantized weight on {devices}")
+
+
 def _filled(node: Node, spec: Sequence[Any]) -> Any:
     """The node without windows on sharded dims: a window of the whole is none of a block."""
     for d, axes in enumerate(spec[: len(node.shape)]):
         if axes is not None:
-            node = node.filled(d)
+            node = node.splitting(d)
     return node
 
 
