@@ -18,12 +18,13 @@ from jaxlora._errors import TargetError
 from jaxlora._pytrees import register, register_export
 
 KINDS = ("nf4", "fp4", "int8")
-TABLES = {"nf4": NF4, "fp4": FP4}
+TABLES: dict[str, np.ndarray] = {"nf4": NF4, "fp4": FP4}
 DTYPES = ("float16", "bfloat16", "float32")
 
 GROUP = 256
 """With double quantisation: how many blocks share one scale."""
 
+_HUGE = 2.0**100
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
@@ -155,9 +156,53 @@ def quantize_array(
     stacked: int = 0,
     channels: Sequence[int] | None = None,
 ) -> QuantizedArray:
+    r"""An array in 4 or 8 bits, as bitsandbytes stores it.
+
+    Each block of `block_size` consecutive elements is divided by the largest absolute value in it,
+    and becomes the codes of the nearest table entries; a tie goes to the lower one. In int8, it is
+    round(127 w / absmax), half to even. With double quantisation the absmaxes of the blocks, less
+    their mean, become 8-bit codes likewise, in groups of 256.
+
+    Codes and absmaxes are bit for bit those of bitsandbytes on a CPU, and for `channels` those of
+    its `int8_vectorwise_quant`, but for two things. The mean is a float32 sum, and bitsandbytes'
+    order of summation varies with the device: the last bit may differ, and where it does, so may a
+    few 8-bit codes by one. And the 8-bit codes are nearest ones, as in its CUDA and its portable
+    kernels; its compiled CPU kernel rounds to 65,536 steps before it looks them up.
+
+    Args:
+      w: float16, bfloat16 or float32, any shape; finite.
+      kind: "nf4" or "fp4", 4 bits an element, or "int8".
+      block_size: elements that share an absmax, even. A last block is filled up if need be. None
+        (int8 only): those of a channel share one.
+      double_quant: also quantise the absmaxes of blocks. Those of channels never are.
+      stacked: how many leading dims count layers or experts, each of which is quantised alone.
+      channels: without a block size, the dims (counted after the stacked ones) that have an absmax
+        for each index: of a Dense kernel (in, out), (1,).
+
+    Returns:
+      A `QuantizedArray`.
+
+    Raises:
+      TargetError: one of these is not as said here.
+
+    >>> q = quantize_array(jnp.ones((32, 128), jnp.bfloat16))
+    >>> q, q.codes.shape, q.absmax.shape
+    (QuantizedArray(nf4, (32, 128) bfloat16, blocks of 64, double), (32, 64), (32, 2))
+
+    References:
+      Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3. Dettmers et al. 2022, LLM.int8(),
+      arXiv 2208.07339, section 2.1.
+    """
+    _check_array(w)
+    _check_kind(kind, block_size, channels)
+    if isinstance(stacked, bool) or not isinstance(stacked, int) or not 0 <= stacked <= w.ndim:
+        raise TargetError(
+            f"quantize_array: got stacked={stacked!r} for an array of shape {tuple(w.shape)}, "
+            f"expected an integer from 0 to {w.ndim}: how many leading dims count layers."
+        )
     inner = tuple(w.shape[stacked:])
-    dtype = jnp.dtype(w.dtype)
-    codes, absmax, scale, offset = _encode(w, kind, block_size, double_quant, stacked, channels)
+    named = None if channels is None else _dims(channels, inner)
+    codes, absmax, scale, offset = _encode(w, kind, block_size, double_quant, stacked, named)
     return QuantizedArray(
         codes=codes,
         absmax=absmax,
@@ -165,9 +210,64 @@ def quantize_array(
         absmax_offset=offset,
         kind=kind,
         inner=inner,
-        dtype=dtype,
+        dtype=jnp.dtype(w.dtype),
         block_size=block_size,
-        channels=channels,
+        channels=named,
+    )
+
+
+def _check_array(w: Any) -> None:
+    if isinstance(w, QuantizedArray):
+        raise TargetError(
+            f"quantize_array: got {w!r}, expected a float array: this one is quantised already. "
+            "To store it another way: quantize_array(w.dequantize(), ...)."
+        )
+    name = getattr(getattr(w, "dtype", None), "name", type(w).__name__)
+    if name not in DTYPES:
+        raise TargetError(
+            f"quantize_array: got {name}, expected an array of {', '.join(DTYPES[:-1])} or "
+            f"{DTYPES[-1]}. Convert it first: w.astype(jnp.float32)."
+        )
+
+
+def _check_kind(kind: Any, block_size: Any, channels: Any) -> None:
+    if kind not in KINDS:
+        raise TargetError(
+            f"quantize_array: got kind={kind!r}, expected one of {', '.join(map(repr, KINDS))}."
+        )
+    if block_size is None:
+        if kind != "int8" or channels is None:
+            raise TargetError(
+                f"quantize_array: got block_size=None with kind={kind!r} and channels={channels!r},"
+                " expected a block size, for instance block_size=64, or int8 by channel: "
+                "kind='int8', block_size=None, channels=(1,)."
+            )
+        return
+    if channels is not None:
+        raise TargetError(
+            f"quantize_array: got channels={channels!r} and block_size={block_size!r}, expected "
+            "one of them. By channel: kind='int8', block_size=None, channels=(1,)."
+        )
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size % 2:
+        found = None
+    else:
+        found = block_size
+    if found is None or found < 2:
+        raise TargetError(
+            f"quantize_array: got block_size={block_size!r}, expected an even integer from 2 up. "
+            "bitsandbytes knows 32, 64 (the default), 128, 256, 512, 1024, 2048 and 4096."
+        )
+
+
+def _dims(channels: Sequence[int], inner: tuple[int, ...]) -> tuple[int, ...]:
+    """Ascending, from 0."""
+    if all(isinstance(i, int) and -len(inner) <= i < len(inner) for i in channels):
+        found = sorted(i % len(inner) for i in channels)
+        if len(set(found)) == len(found):
+            return tuple(found)
+    raise TargetError(
+        f"quantize_array: got channels={channels!r}, expected distinct dims of {inner}, the shape "
+        "without its stacked dims. One absmax for each column of a matrix: channels=(1,)."
     )
 
 
@@ -175,58 +275,79 @@ def quantize_array(
 def _encode(
     w: jax.Array,
     kind: str,
-    block_size: int,
+    block_size: int | None,
     double_quant: bool,
     stacked: int,
     channels: tuple[int, ...] | None,
 ) -> tuple[Any, ...]:
-    """The four leaves. Jitted: the float32 of a whole matrix need not exist."""
-    blocks, partial = _blocks(w, stacked, block_size)
-    absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    codes = nearest(_relative(blocks, absmax, partial), TABLES[kind])
-    codes = flattened(codes, codes.ndim - 2)
-    if partial:
-        codes = codes[..., : -(-math.prod(w.shape[stacked:]) // 2) * 2]
-    codes = (codes[..., ::2] << 4) | codes[..., 1::2]
-    return (codes, *(_double(absmax, stacked) if double_quant else (absmax, None, None)))
+    """The four leaves, layer by layer; compiled, so that no more than a layer is in float32."""
+
+    def encode(w: jax.Array) -> tuple[Any, ...]:
+        if block_size is None:
+            return _by_channel(w, channels or ())
+        codes, absmax = _by_block(w, kind, block_size)
+        return codes, *(_double(absmax) if double_quant else (absmax, None, None))
+
+    for _ in range(stacked):
+        encode = functools.partial(jax.lax.map, encode)
+    return encode(w)
 
 
-def _blocks(w: jax.Array, stacked: int, block_size: int) -> tuple[jax.Array, bool]:
-    """w in float32, (..., blocks, block_size), and whether the last block was filled up by zeros.
+def _by_channel(w: jax.Array, channels: tuple[int, ...]) -> tuple[Any, ...]:
+    others = tuple(i for i in range(w.ndim) if i not in channels)
+    absmax = _absmax(w, others, keepdims=True)
+    codes = _rounded(_relative(w.astype(jnp.float32), absmax, 127))
+    return codes, absmax.reshape([w.shape[i] for i in channels]), None, None
 
-    The dims before are all of w's but the last, or only the stacked ones.
+
+def _by_block(w: jax.Array, kind: str, block_size: int) -> tuple[jax.Array, jax.Array]:
+    if is_rowwise(w.shape, block_size):
+        size = w.shape[-1]
+        blocks = w.reshape(*w.shape[:-1], size // block_size, block_size)
+    else:
+        size = w.size
+        blocks = _filled(w.reshape(size), block_size)
+    absmax = _absmax(blocks, -1)
+    top = 127 if kind == "int8" else 1
+    relative = _relative(blocks.astype(jnp.float32), absmax[..., None], top, size)
+    codes = _rounded(relative) if kind == "int8" else nearest(relative, TABLES[kind])
+    codes = codes.reshape(*codes.shape[:-2], codes.shape[-2] * block_size)
+    if kind == "int8":
+        return codes[..., :size], absmax
+    pairs = codes[..., : size + size % 2].reshape(*codes.shape[:-1], -(-size // 2), 2)
+    # A sum, since what goes into a reduction is fused with it, and into slices is not.
+    return jnp.sum(pairs * np.array([16, 1], np.uint8), axis=-1, dtype=jnp.uint8), absmax
+
+
+def _absmax(x: jax.Array, axes: Any, keepdims: bool = False) -> jax.Array:
+    """In float32. Found in x's own dtype: a float32 copy for two uses would be kept."""
+    return jnp.max(jnp.abs(x), axis=axes, keepdims=keepdims, initial=0).astype(jnp.float32)
+
+
+def _filled(x: jax.Array, block_size: int) -> jax.Array:
+    """(n,) to (blocks, block_size), the last block filled up with zeros."""
+    x = jnp.pad(x, (0, -x.size % block_size))
+    return x.reshape(x.size // block_size, block_size)
+
+
+def _relative(x: jax.Array, absmax: jax.Array, top: int, size: int | None = None) -> jax.Array:
+    """top * x / absmax; zero where absmax is zero, or so small that its inverse is no number.
+
+    Rounded as bitsandbytes does on a CPU: times the inverse, but over absmax in the last one of
+    blocks (dim -2) that `size` elements do not fill.
     """
-    inner = w.shape[stacked:]
-    w = w.astype(jnp.float32)
-    if is_rowwise(inner, block_size):
-        return w.reshape(*w.shape[:-1], inner[-1] // block_size, block_size), False
-    return _filled(flattened(w, stacked), block_size)
-
-
-def flattened(x: jax.Array, keep: int) -> jax.Array:
-    """All dims but the first `keep` as one. (-1 would not do: x may be empty.)"""
-    return x.reshape(*x.shape[:keep], math.prod(x.shape[keep:]))
-
-
-def _filled(x: jax.Array, block_size: int) -> tuple[jax.Array, bool]:
-    missing = -x.shape[-1] % block_size
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    return x.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size), missing > 0
-
-
-def _relative(blocks: jax.Array, absmax: jax.Array, partial: bool) -> jax.Array:
-    """Elements over their block's absmax, from -1 to 1; zero where all is zero (or subnormal).
-
-    Rounded as bitsandbytes does on a CPU: times the inverse, but over it in a partial last block.
-    """
-    absmax = jnp.where(absmax < _SMALLEST_NORMAL, jnp.inf, absmax)[..., None]
-    # The inverse of the largest numbers would be subnormal, and flushed to zero.
-    shrunk = jnp.where((absmax > 2.0**100) & (absmax < jnp.inf), jnp.float32(2.0**-100), 1)
-    relative = (blocks * shrunk) * (1 / (absmax * shrunk))
-    if partial:
-        last = jnp.arange(blocks.shape[-2])[:, None] == blocks.shape[-2] - 1
-        relative = jnp.where(last, blocks / absmax, relative)
+    absmax = jnp.where(absmax < top * _SMALLEST_NORMAL, jnp.inf, absmax)
+    # The inverse of the very largest would be subnormal, and flushed to zero.
+    shrink = jnp.where((absmax > _HUGE) & (absmax < jnp.inf), jnp.float32(1 / _HUGE), 1)
+    relative = (x * shrink) * (top / (absmax * shrink))
+    if top == 1 and size is not None and size % x.shape[-1]:
+        is_last = jnp.arange(x.shape[-2])[:, None] == x.shape[-2] - 1
+        relative = jnp.where(is_last, x / absmax, relative)
     return relative
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    return jnp.round(x).astype(jnp.int8)
 
 
 def nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
@@ -235,30 +356,25 @@ def nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
     index = jnp.zeros(x.shape, jnp.uint8)
     for middle in middles(table[order]):
         index += (x > middle).astype(jnp.uint8)
-    return index if (order[1:] > order[:-1]).all() else lookup(index, order.astype(np.uint8))
+    return index if np.array_equal(order, np.arange(16)) else lookup(index, order.astype(np.uint8))
 
 
-def _double(absmax: jax.Array, stacked: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _double(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes of absmax, their scales by groups, and the offset."""
-    flat = flattened(absmax, stacked)
-    offset = _sum(flat) / max(flat.shape[-1], 1)
-    groups, partial = _filled(flat - offset[..., None], GROUP)
-    scale = jnp.max(jnp.abs(groups), axis=-1)
-    bounds = middles(dynamic_code(signed=True))
-    codes = jnp.searchsorted(bounds, _relative(groups, scale, partial)).astype(jnp.uint8)
-    codes = flattened(codes, stacked)[..., : flat.shape[-1]]
-    return codes.reshape(absmax.shape), scale, offset
+    offset = _sum(absmax.reshape(absmax.size)) / max(absmax.size, 1)
+    groups = _filled(absmax.reshape(absmax.size) - offset, GROUP)
+    scale = _absmax(groups, -1)
+    relative = _relative(groups, scale[:, None], 1, absmax.size)
+    codes = jnp.searchsorted(middles(dynamic_code(signed=True)), relative).astype(jnp.uint8)
+    return codes.reshape(codes.size)[: absmax.size].reshape(absmax.shape), scale, offset
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """The sum over the last dim in one order, that of a balanced tree, on every device."""
-    if x.shape[-1] == 0:
-        return jnp.zeros(x.shape[:-1], x.dtype)
-    while x.shape[-1] > 1:
-        half = -(-x.shape[-1] // 2)
-        upper = x[..., half:]
-        x = x[..., :half] + jnp.pad(upper, [(0, 0)] * (x.ndim - 1) + [(0, half - upper.shape[-1])])
-    return x[..., 0]
+    """The sum of a vector in one order, that of a balanced tree, on every device."""
+    while x.size > 1:
+        half = -(-x.size // 2)
+        x = x[:half] + jnp.pad(x[half:], (0, x.size % 2))
+    return jnp.sum(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,8 +385,8 @@ def absmax_of(q: QuantizedArray) -> jax.Array:
     """The absmaxes in float32, in the shape of `q.absmax`."""
     if q.absmax_scale is None:
         return q.absmax
-    stacked = q.absmax_offset.ndim
-    flat = flattened(q.absmax, stacked)
+    stacked = q.absmax_offset.shape
+    flat = q.absmax.reshape(*stacked, math.prod(q.absmax.shape[len(stacked) :]))
     scale = spread(q.absmax_scale, GROUP, flat.shape[-1])
     return _undouble(flat, scale, q.absmax_offset[..., None]).reshape(q.absmax.shape)
 
@@ -297,10 +413,7 @@ def decode(
     Returns:
       (..., elements), two for each byte in 4 bits.
     """
-    if kind == "int8":
-        values = codes.astype(jnp.float32)
-    else:
-        values = lookup(unpack(codes), TABLES[kind])
+    values = codes.astype(jnp.float32) if kind == "int8" else lookup(unpack(codes), TABLES[kind])
     if block_size is not None:
         absmax = spread(absmax, block_size, values.shape[-1])
     return _product(kind, values, absmax, dtype)
@@ -317,7 +430,11 @@ def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.A
     Returns:
       An array of the shape of the indices.
     """
-    take = lambda x, at: x.reshape(-1).at[at].get(mode="clip")
+
+    def take(x: jax.Array, at: jax.Array) -> jax.Array:
+        return x.reshape(x.size).at[at].get(mode="clip")
+
+    assert q.block_size is not None
     indices = jnp.clip(indices, 0, max(math.prod(q.inner) - 1, 0))
     block = indices // q.block_size
     absmax = take(q.absmax, block)
@@ -350,7 +467,7 @@ def spread(absmax: jax.Array, block_size: int, size: int) -> jax.Array:
 def over_channels(
     absmax: jax.Array, inner: tuple[int, ...], channels: tuple[int, ...]
 ) -> jax.Array:
-    """The absmax of channels, (stacked..., channels...), so that it broadcasts against the codes."""
+    """Absmaxes of channels, (stacked..., channels...), that broadcast against the codes."""
     stacked = absmax.shape[: absmax.ndim - len(channels)]
     return absmax.reshape(*stacked, *(n if i in channels else 1 for i, n in enumerate(inner)))
 
