@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, Case
-from helpers import assert_close, assert_same, count_primitives, randomized
-from jax.extend.core import Literal
+from helpers import assert_close, assert_same, randomized
 from test_properties import NOT_DIFFERENTIABLE, ROUNDED, scalar
 
 import jaxlora
-from jaxlora import LoraConfig, MaterializeError, QuantizedArray, quantize_array
-from jaxlora._quantized import is_quantized
+from jaxlora import MaterializeError, QuantizedArray, quantize_array
 from jaxlora._weight import LoraWeight, is_node
 
 KEY = jax.random.key(0)
@@ -66,9 +64,11 @@ def _stacked(lw: LoraWeight) -> int:
 
 def with_form(lora, form):
     return jax.tree.map(
-        lambda x: dataclasses.replace(x, w=FORMS[form](x), squared_norm=None)
-        if isinstance(x, LoraWeight)
-        else x,
+        lambda x: (
+            dataclasses.replace(x, w=FORMS[form](x), squared_norm=None)
+            if isinstance(x, LoraWeight)
+            else x
+        ),
         lora,
         is_leaf=is_node,
     )
@@ -282,7 +282,9 @@ def test_a_trained_scale_of_a_weight_gets_its_gradient():
 def test_uses_that_would_decode_the_whole_are_refused():
     q = weight(16, 32)
     apply = jaxlora.lora_apply(lambda p: p["w"] + 1)
-    with pytest.raises(MaterializeError, match=r"w: .*`add`.* would have to dequantize it as a whole"):
+    with pytest.raises(
+        MaterializeError, match=r"w: .*`add`.* would have to dequantize it as a whole"
+    ):
         apply({"w": q})
     allowed = jaxlora.lora_apply(lambda p: p["w"] + 1, materialize="allow")
     assert_same(allowed({"w": q}), q.dequantize() + 1)
