@@ -308,7 +308,7 @@ def test_loftq_and_pissa():
     nf4 = error(jaxlora.dequantize(jaxlora.quantize(w, ["kernel"])))
 
     start = lambda initializer: dataclasses.replace(config, initializer=initializer)
-    loftq = jaxlora.init(KEY, w, start(initializers.loftq(quantize_array, iterations=5)))
+    loftq = jaxlora.init(KEY, w, start(initializers.loftq(iterations=5)))
     assert quantized_paths(loftq) == {"kernel"}
     assert error(jaxlora.merge(loftq)) < 0.8 * nf4
 
@@ -379,7 +379,13 @@ def test_export():
     assert_close(again.call(lora, IDS), apply(lora, IDS))
 
 
-def test_quantizers_compose_with_partial():
+def test_loftq_quantizes_a_stack_one_by_one():
+    config = LoraConfig(rank=2, targets=["w"], roles={"w": "sio"}, initializer=initializers.loftq())
+    w = jaxlora.init(KEY, {"w": normal(3, 32, 64)}, config)["w"].w
+    assert (w.stacked, w.kind, w.block_size) == (1, "nf4", 64)
+
+
+def test_loftq_takes_any_quantizer():
     quantizer = functools.partial(quantize_array, kind="int8", block_size=32)
     config = LoraConfig(rank=2, targets=["layer"], initializer=initializers.loftq(quantizer))
     q = jaxlora.init(KEY, params(), config)["layer"]["kernel"].w
