@@ -74,6 +74,30 @@ class QuantizedArray:
     block_size: int | None
     channels: tuple[int, ...] | None = None
 
+    def __post_init__(self):
+        self.check()
+
+    def check(self, path: str = "this array") -> None:
+        """Raises if the parts do not fit each other; `path` is named in the message."""
+        _check_kind(self.kind, self.block_size, self.channels)
+        outer = tuple(self.codes.shape[: self.stacked])
+        codes, absmax = _shapes(self.inner, self.kind, self.block_size, self.channels)
+        groups = None if self.absmax_scale is None else (*outer, -(-math.prod(absmax) // GROUP))
+        for name, expected in (
+            ("codes", (*outer, *codes)),
+            ("absmax", (*outer, *absmax)),
+            ("absmax_scale", groups),
+            ("absmax_offset", None if groups is None else outer),
+        ):
+            array = getattr(self, name)
+            got = None if array is None else tuple(array.shape)
+            if got != expected:
+                raise TargetError(
+                    f"{path}: got {name} of shape {got}, expected {expected} for {self!r}. Slice "
+                    "or stack all of its leaves alike, jax.tree.map(lambda x: x[0], q), or make "
+                    "one with jaxlora.quantize."
+                )
+
     @property
     def is_rowwise(self) -> bool:
         """Whether the codes have W's dims; else the inner ones are flat."""
@@ -103,14 +127,7 @@ class QuantizedArray:
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array: code times absmax in float32, rounded once to `dtype` (default: its own)."""
-        dtype = self.dtype if dtype is None else dtype
-        absmax = absmax_of(self)
-        if self.channels is not None:
-            absmax = over_channels(absmax, self.inner, self.channels)
-        values = decode(self.kind, self.codes, absmax, dtype, self.block_size)
-        if not self.is_rowwise:
-            values = values[..., : math.prod(self.inner)]
-        return values.reshape(self.shape)
+        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", None)
@@ -141,6 +158,17 @@ register_export(QuantizedArray, _to_json, _from_json)
 def is_rowwise(inner: tuple[int, ...], block_size: int | None) -> bool:
     """Whether whole blocks fill a row, so that codes keep the dims of the array."""
     return block_size is None or (len(inner) > 0 and inner[-1] % block_size == 0)
+
+
+def _shapes(
+    inner: tuple[int, ...], kind: str, block_size: int | None, channels: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the codes and of the absmaxes, without stacked dims."""
+    if block_size is None:
+        return inner, tuple(inner[i] for i in channels or ())
+    rows = inner if is_rowwise(inner, block_size) else (math.prod(inner),)
+    each = 1 if kind == "int8" else 2
+    return (*rows[:-1], -(-rows[-1] // each)), (*rows[:-1], -(-rows[-1] // block_size))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,11 +276,8 @@ def _check_kind(kind: Any, block_size: Any, channels: Any) -> None:
             f"quantize_array: got channels={channels!r} and block_size={block_size!r}, expected "
             "one of them. By channel: kind='int8', block_size=None, channels=(1,)."
         )
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size % 2:
-        found = None
-    else:
-        found = block_size
-    if found is None or found < 2:
+    is_integer = isinstance(block_size, int) and not isinstance(block_size, bool)
+    if not is_integer or block_size < 2 or block_size % 2:
         raise TargetError(
             f"quantize_array: got block_size={block_size!r}, expected an even integer from 2 up. "
             "bitsandbytes knows 32, 64 (the default), 128, 256, 512, 1024, 2048 and 4096."
@@ -381,6 +406,17 @@ def _sum(x: jax.Array) -> jax.Array:
 # From codes
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=_compat.INLINE)
+def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
+    absmax = absmax_of(q)
+    if q.channels is not None:
+        absmax = over_channels(absmax, q.inner, q.channels)
+    values = decode(q.kind, q.codes, absmax, dtype, q.block_size)
+    if not q.is_rowwise:
+        values = values[..., : math.prod(q.inner)]
+    return values.reshape(q.shape)
+
+
 def absmax_of(q: QuantizedArray) -> jax.Array:
     """The absmaxes in float32, in the shape of `q.absmax`."""
     if q.absmax_scale is None:
@@ -449,8 +485,10 @@ def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.A
 
 
 def _product(kind: str, values: jax.Array, absmax: jax.Array, dtype: Any) -> jax.Array:
-    product = values * absmax
-    return (product * np.float32(1 / 127) if kind == "int8" else product).astype(dtype)
+    if kind == "int8":
+        # bitsandbytes' values * absmax / 127, both factors scaled by 2^7: it would overflow.
+        return (values * (absmax * 2.0**-7) * np.float32(128 / 127)).astype(dtype)
+    return (values * absmax).astype(dtype)
 
 
 def unpack(codes: jax.Array) -> jax.Array:
