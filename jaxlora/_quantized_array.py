@@ -390,16 +390,17 @@ def _double(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     groups = _filled(absmax.reshape(absmax.size) - offset, GROUP)
     scale = _absmax(groups, -1)
     relative = _relative(groups, scale[:, None], 1, absmax.size)
-    codes = jnp.searchsorted(middles(dynamic_code(signed=True)), relative).astype(jnp.uint8)
+    bounds = middles(dynamic_code(signed=True))
+    codes = jnp.searchsorted(bounds, relative, method="scan_unrolled").astype(jnp.uint8)
     return codes.reshape(codes.size)[: absmax.size].reshape(absmax.shape), scale, offset
 
 
 def _sum(x: jax.Array) -> jax.Array:
     """The sum of a vector in one order, that of a balanced tree, on every device."""
+    x = jnp.pad(x, (0, 2 ** max(x.size - 1, 0).bit_length() - x.size))
     while x.size > 1:
-        half = -(-x.size // 2)
-        x = x[:half] + jnp.pad(x[half:], (0, x.size % 2))
-    return jnp.sum(x)
+        x = x[: x.size // 2] + x[x.size // 2 :]
+    return x[0]
 
 
 # --------------------------------------------------------------------------------------------------
