@@ -320,54 +320,58 @@ def _encode(
 
 def _by_channel(w: jax.Array, channels: tuple[int, ...]) -> tuple[Any, ...]:
     others = tuple(i for i in range(w.ndim) if i not in channels)
-    absmax = _absmax(w, others, keepdims=True)
-    codes = _rounded(_relative(w.astype(jnp.float32), absmax, 127))
-    return codes, absmax.reshape([w.shape[i] for i in channels]), None, None
+    absmax = _absmax(w, others)
+    each = over_channels(absmax, w.shape, channels)
+    return _rounded(_relative(w.astype(jnp.float32), each, None, 127)), absmax, None, None
 
 
 def _by_block(w: jax.Array, kind: str, block_size: int) -> tuple[jax.Array, jax.Array]:
-    if is_rowwise(w.shape, block_size):
-        size = w.shape[-1]
-        blocks = w.reshape(*w.shape[:-1], size // block_size, block_size)
-    else:
-        size = w.size
-        blocks = _filled(w.reshape(size), block_size)
-    absmax = _absmax(blocks, -1)
-    top = 127 if kind == "int8" else 1
-    relative = _relative(blocks.astype(jnp.float32), absmax[..., None], top, size)
-    codes = _rounded(relative) if kind == "int8" else nearest(relative, TABLES[kind])
-    codes = codes.reshape(*codes.shape[:-2], codes.shape[-2] * block_size)
+    if not is_rowwise(w.shape, block_size):
+        w = w.reshape(w.size)
+    absmax = _block_absmax(w, block_size)
+    w = w.astype(jnp.float32)
     if kind == "int8":
-        return codes[..., :size], absmax
-    pairs = codes[..., : size + size % 2].reshape(*codes.shape[:-1], -(-size // 2), 2)
+        return _rounded(_relative(w, absmax, block_size, 127)), absmax
+    return _packed(nearest(_relative(w, absmax, block_size), TABLES[kind]), TABLES[kind]), absmax
+
+
+def _packed(codes: jax.Array, table: np.ndarray) -> jax.Array:
+    """(..., elements) to (..., bytes), with a last zero if their number is odd."""
+    size = codes.shape[-1]
+    if size % 2:
+        codes = jnp.pad(codes, (0, 1), constant_values=np.flatnonzero(table == 0)[0])
+    pairs = codes.reshape(*codes.shape[:-1], -(-size // 2), 2)
     # A sum, since what goes into a reduction is fused with it, and into slices is not.
-    return jnp.sum(pairs * np.array([16, 1], np.uint8), axis=-1, dtype=jnp.uint8), absmax
+    return jnp.sum(pairs * np.array([16, 1], np.uint8), axis=-1, dtype=jnp.uint8)
 
 
-def _absmax(x: jax.Array, axes: Any, keepdims: bool = False) -> jax.Array:
+def _block_absmax(x: jax.Array, block_size: int) -> jax.Array:
+    """(..., elements) to (..., blocks), of which the last may be short."""
+    blocks = -(-x.shape[-1] // block_size)
+    if blocks * block_size > x.shape[-1]:
+        x = jnp.pad(x, (0, blocks * block_size - x.size))
+    return _absmax(x.reshape(*x.shape[:-1], blocks, block_size), -1)
+
+
+def _absmax(x: jax.Array, axes: Any) -> jax.Array:
     """In float32. Found in x's own dtype: a float32 copy for two uses would be kept."""
-    return jnp.max(jnp.abs(x), axis=axes, keepdims=keepdims, initial=0).astype(jnp.float32)
+    return jnp.max(jnp.abs(x), axis=axes, initial=0).astype(jnp.float32)
 
 
-def _filled(x: jax.Array, block_size: int) -> jax.Array:
-    """(n,) to (blocks, block_size), the last block filled up with zeros."""
-    x = jnp.pad(x, (0, -x.size % block_size))
-    return x.reshape(x.size // block_size, block_size)
-
-
-def _relative(x: jax.Array, absmax: jax.Array, top: int, size: int | None = None) -> jax.Array:
+def _relative(x: jax.Array, absmax: jax.Array, block_size: int | None, top: int = 1) -> jax.Array:
     """top * x / absmax; zero where absmax is zero, or so small that its inverse is no number.
 
-    Rounded as bitsandbytes does on a CPU: times the inverse, but over absmax in the last one of
-    blocks (dim -2) that `size` elements do not fill.
+    Rounded as bitsandbytes does on a CPU: times the inverse, but over absmax in a short last block.
     """
+    size = x.shape[-1] if x.ndim else 1
+    each = functools.partial(spread, block_size=block_size, size=size)
     absmax = jnp.where(absmax < top * _SMALLEST_NORMAL, jnp.inf, absmax)
     # The inverse of the very largest would be subnormal, and flushed to zero.
     shrink = jnp.where((absmax > _HUGE) & (absmax < jnp.inf), jnp.float32(1 / _HUGE), 1)
-    relative = (x * shrink) * (top / (absmax * shrink))
-    if top == 1 and size is not None and size % x.shape[-1]:
-        is_last = jnp.arange(x.shape[-2])[:, None] == x.shape[-2] - 1
-        relative = jnp.where(is_last, x / absmax, relative)
+    relative = (x * each(shrink)) * each(top / (absmax * shrink))
+    if block_size and size % block_size and top == 1:
+        is_short = jnp.arange(size) >= size - size % block_size
+        relative = jnp.where(is_short, x / each(absmax), relative)
     return relative
 
 
@@ -386,13 +390,14 @@ def nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
 
 def _double(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes of absmax, their scales by groups, and the offset."""
-    offset = _sum(absmax.reshape(absmax.size)) / max(absmax.size, 1)
-    groups = _filled(absmax.reshape(absmax.size) - offset, GROUP)
-    scale = _absmax(groups, -1)
-    relative = _relative(groups, scale[:, None], 1, absmax.size)
+    flat = absmax.reshape(absmax.size)
+    offset = _sum(flat) / max(flat.size, 1)
+    difference = flat - offset
+    scale = _block_absmax(difference, GROUP)
     bounds = middles(dynamic_code(signed=True))
+    relative = _relative(difference, scale, GROUP)
     codes = jnp.searchsorted(bounds, relative, method="scan_unrolled").astype(jnp.uint8)
-    return codes.reshape(codes.size)[: absmax.size].reshape(absmax.shape), scale, offset
+    return codes.reshape(absmax.shape), scale, offset
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -451,9 +456,7 @@ def decode(
       (..., elements), two for each byte in 4 bits.
     """
     values = codes.astype(jnp.float32) if kind == "int8" else lookup(unpack(codes), TABLES[kind])
-    if block_size is not None:
-        absmax = spread(absmax, block_size, values.shape[-1])
-    return _product(kind, values, absmax, dtype)
+    return _product(kind, values, spread(absmax, block_size, values.shape[-1]), dtype)
 
 
 def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.Array:
@@ -494,12 +497,16 @@ def _product(kind: str, values: jax.Array, absmax: jax.Array, dtype: Any) -> jax
 
 def unpack(codes: jax.Array) -> jax.Array:
     """(..., bytes) to (..., elements): the high half of each byte, then the low one."""
-    halves = jnp.stack([codes >> 4, codes & 15], axis=-1)
-    return halves.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    # Not by stacking the halves: on a TPU, a dim of 2 would be stored as one of 128.
+    twice = jnp.repeat(codes, 2, axis=-1)
+    is_low = jax.lax.broadcasted_iota(jnp.uint8, twice.shape, twice.ndim - 1) % 2 == 1
+    return jnp.where(is_low, twice & 15, twice >> 4)
 
 
-def spread(absmax: jax.Array, block_size: int, size: int) -> jax.Array:
-    """(..., blocks) to (..., size): to each element its block's."""
+def spread(absmax: jax.Array, block_size: int | None, size: int) -> jax.Array:
+    """(..., blocks) to (..., size): to each element its block's. No block size: as it is."""
+    if block_size is None:
+        return absmax
     return jnp.repeat(absmax, block_size, axis=-1)[..., :size]
 
 
