@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlora import _compat
 from jaxlora._codebooks import FP4, NF4, dynamic_code, middles
@@ -127,7 +129,9 @@ class QuantizedArray:
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array: code times absmax in float32, rounded once to `dtype` (default: its own)."""
-        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
+        spec = P(*_compat.explicit_spec(self.codes)) if self.is_rowwise else P()
+        dequantize = _in_any_layout(_dequantize, self.codes, spec)
+        return dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", None)
@@ -230,7 +234,8 @@ def quantize_array(
         )
     inner = tuple(w.shape[stacked:])
     named = None if channels is None else _dims(channels, inner)
-    codes, absmax, scale, offset = _encode(w, kind, block_size, double_quant, stacked, named)
+    encode = _in_any_layout(_encode, w, _specs(w, block_size, double_quant, stacked, named))
+    codes, absmax, scale, offset = encode(w, kind, block_size, double_quant, stacked, named)
     return QuantizedArray(
         codes=codes,
         absmax=absmax,
@@ -294,6 +299,30 @@ def _dims(channels: Sequence[int], inner: tuple[int, ...]) -> tuple[int, ...]:
         f"quantize_array: got channels={channels!r}, expected distinct dims of {inner}, the shape "
         "without its stacked dims. One absmax for each column of a matrix: channels=(1,)."
     )
+
+
+def _in_any_layout(fn: Callable[..., Any], x: Any, specs: Any) -> Callable[..., Any]:
+    """`fn(array, *static)`, also where types say how x is sharded: there repeats are refused."""
+    if isinstance(x, np.ndarray) or not any(_compat.explicit_spec(x)):
+        return fn
+    mesh = jax.typeof(x).sharding.mesh
+    out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return lambda array, *static: jax.sharding.auto_axes(
+        lambda array: fn(array, *static), out_sharding=out
+    )(array)
+
+
+def _specs(
+    w: Any, block_size: int | None, double_quant: bool, stacked: int, channels: Any
+) -> tuple[Any, ...]:
+    """Of the four leaves: codes as w, absmaxes too but for its last dim, the small ones whole."""
+    spec = (None,) * w.ndim if isinstance(w, np.ndarray) else _compat.explicit_spec(w)
+    if block_size is None:
+        return P(*spec), P(*spec[:stacked], *(spec[stacked + i] for i in channels)), None, None
+    small = (P(), P()) if double_quant else (None, None)
+    if is_rowwise(w.shape[stacked:], block_size):
+        return P(*spec), P(*spec[:-1]), *small
+    return P(), P(), *small
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=_compat.INLINE)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlora import TargetError
 from jaxlora._codebooks import FP4, NF4, dynamic_code
@@ -272,6 +274,22 @@ def test_each_stacked_element_is_quantised_alone(kind: str):
     assert_same(values[1], scanned)
     assert_same(values[1], mapped)
     assert_same(np.asarray(values)[1, 2], layers[1][2].dequantize())
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_codes_are_sharded_as_the_array(axes: AxisType):
+    w = draw(4, 128, dtype=jnp.bfloat16)
+    mesh = jax.make_mesh((2, 2), ("rows", "columns"), axis_types=(axes,) * 2)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(w, NamedSharding(mesh, P("rows", "columns")))
+        q = quantize_array(sharded, block_size=32)
+        assert q.codes.sharding.spec == P("rows", "columns")
+        assert q.absmax.sharding.spec[0] == "rows"
+        values = q.dequantize()
+        assert values.sharding.spec == P("rows", "columns")
+    expected = quantize_array(w, block_size=32)
+    assert_same(q, expected)
+    assert_same(values, expected.dequantize())
 
 
 def test_jit_is_eager():
