@@ -463,7 +463,8 @@ def absmax_of(q: QuantizedArray) -> jax.Array:
 
 
 def _undouble(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-    differences = jnp.asarray(dynamic_code(signed=True))[codes] * scale
+    code = jnp.asarray(dynamic_code(signed=True))
+    differences = code.at[codes].get(mode="promise_in_bounds") * scale
     # Bounds that nothing reaches: without them, XLA would fuse multiply and add, and round once.
     return jnp.clip(differences, -_LARGEST, _LARGEST) + offset
 
