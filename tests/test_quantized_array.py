@@ -121,8 +121,7 @@ def test_tables():
     expected = np.sort([*below, 0, *above]) / max(above)
     np.testing.assert_allclose(NF4, expected, rtol=1e-6)
 
-    # Sign, two bits of exponent, one of mantissa, which the first exponent, 3, takes for subnormals
-    # and which is an eighth of it; the exponents after it are 4, 2... as bitsandbytes orders them.
+    # In the order of bitsandbytes' codes: 1 and 1.5 times 8, 4 and 2, zero, and a subnormal.
     magnitudes = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3]) / 12
     np.testing.assert_allclose(FP4, np.concatenate([magnitudes, -magnitudes]), rtol=1e-7)
     assert not np.signbit(FP4[[0, 8]]).any()
