@@ -521,20 +521,24 @@ def _aval(eqn: JaxprEqn, index: int) -> Any:
     return eqn.outvars[index].aval
 
 
-def used(f: Callable[[Any, Any], Any], x: Any, w: Any, eqn: JaxprEqn | None = None) -> Any:
-    """f(x, w) of an activation and a weight, which is decoded once more for the backward pass.
+def used(
+    f: Callable[..., Any], x: Any, w: Any, arrays: Sequence[Any] = (), of: JaxprEqn | None = None
+) -> Any:
+    """f(x, w, *arrays) of an activation and a weight, which is decoded again in the backward pass.
 
     Args:
-      f: linear in x.
-      eqn: what f is, for policies of `jax.checkpoint`.
+      f: linear in x; closes over no arrays.
+      arrays: what has no gradient.
+      of: the equation that f is, for policies of `jax.checkpoint`.
     """
     if not isinstance(w, Deferred):
-        return f(x, w)
+        return f(x, w, *arrays)
     if not w.is_constant or not jnp.issubdtype(x.dtype, jnp.inexact):
-        return jax.checkpoint(lambda x, w: f(x, w.value()))(x, w)
-    leaves, treedef = jax.tree.flatten(w)
+        return jax.checkpoint(lambda x, w, *arrays: f(x, w.value(), *arrays))(x, w, *arrays)
+    leaves, treedef = jax.tree.flatten((w, *arrays))
 
     def decoded(x: Any, *leaves: Any) -> Any:
-        return f(x, jax.tree.unflatten(treedef, leaves).value())
+        w, *arrays = jax.tree.unflatten(treedef, leaves)
+        return f(x, w.value(), *arrays)
 
-    return recomputed(decoded, x, leaves, eqn)
+    return recomputed(decoded, x, leaves, of)

@@ -53,8 +53,8 @@ def quantize(
       exclude: which to leave out, for instance ["lm_head", "classifier"].
       kind: "nf4" (values spaced as the quantiles of a normal distribution), "fp4" (a 4-bit float),
         or "int8" (evenly spaced).
-      block_size: elements that share an absmax; an even number in 4 bits. None, with "int8": one absmax for
-        each output of the weight.
+      block_size: elements that share an absmax; an even number in 4 bits. None, with "int8": one
+        absmax for each output of the weight.
       double_quant: whether the absmaxes of blocks are quantized too.
       roles: {path: roles} of weights of three and more dimensions that have no adapter, and with
         `block_size=None` of all but Flax's two-dimensional `kernel`s and `embedding`s; best
@@ -212,19 +212,15 @@ def _check(path: str, leaf: Any) -> None:
 
 
 def dequantize(tree: Any) -> Any:
-    """The same tree with floats in place of quantized weights; adapters stay.
+    """The same tree, or half of one, with floats in place of quantized weights; adapters stay.
 
     >>> params = quantize({"kernel": jnp.ones((64, 128))}, ["kernel"])
     >>> dequantize(params)["kernel"].dtype
     dtype('float32')
     """
-
-    def floats(path: str, leaf: Any) -> Any:
-        if is_node(leaf):
-            return dataclasses.replace(leaf, w=dense(leaf.w)) if is_quantized(leaf.w) else leaf
-        return dense(leaf) if is_quantized(leaf) else leaf
-
-    return map_nodes(floats, tree)
+    return jax.tree.map(
+        lambda leaf: dense(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized
+    )
 
 
 def merge_quantized(lora: Any) -> tuple[Any, dict[str, float]]:

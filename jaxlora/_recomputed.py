@@ -9,8 +9,8 @@ be made again: kept, it would be the whole weight in floats. Three things would 
   activation in one pass and its cotangent in the other.
 - XLA's scheduler would begin all that depends on parameters alone early. The same remedy serves.
 
-Within `jax.checkpoint`, XLA's scheduler still does the last; and a checkpoint is not linear, so that
-what it needs of x would be kept, for nothing.
+Within `jax.checkpoint`, XLA's scheduler still does the last; and a checkpoint is not linear, so
+that what it needs of x would be kept, for nothing.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def test_all_linear_leaves_embeddings_out():
         "layer/kernel",
         "head/kernel",
     }
-    with pytest.raises(TargetError, match="all-linear.*trace_roles"):
+    with pytest.raises(TargetError, match=r"all-linear.*trace_roles"):
         jaxlora.quantize(p, "all-linear")
 
 
