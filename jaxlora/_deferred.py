@@ -69,7 +69,7 @@ class Deferred:
         raise Unfactorable(f"it cuts a quantized weight {self._history()}")
 
     def split_dims(self) -> list[Dims]:
-        """The same as `leaf_dims`, but for axes that are packed: these are of the dim, in blocks."""
+        """The same, but that axes of blocks, which are packed, count as those of their dim."""
         return self.leaf_dims()
 
     def splitting(self, d: int) -> Any:

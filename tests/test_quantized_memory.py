@@ -1,7 +1,8 @@
 """What a train step on a quantized base takes, as the compiler counts it.
 
 The bar: at most two layers' dequantized weights more than the same step on a float base, scanned
-and unrolled, with and without remat of the layer. For TPUs: `python -m benchmarks.quantized_memory`.
+and unrolled, with and without remat of the layer.
+For TPUs: `python -m benchmarks.quantized_memory`.
 """
 
 from __future__ import annotations
