@@ -40,8 +40,8 @@ class Static(str):
 class Node:
     """A value of the interpreter that stands for a weight: a `Factored`, or a `Probe`.
 
-    `w` is an array of the weight's present shape, or will be (`Deferred`); `origin` says which input
-    of the enclosing function this node is, unchanged, if it is one.
+    `w` is an array of the weight's present shape, or will be (`Deferred`); `origin` says which
+    input of the enclosing function this node is, unchanged, if it is one.
     """
 
     w: Any

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import RolesError, TargetError
-from jaxlora._init import check_shared, find_targets, is_below, select
-from jaxlora._matrix import leading_stacked
+from jaxlora._init import check_shared, find_targets, is_below, is_looked_up, select
+from jaxlora._matrix import dims_of, leading_stacked
 from jaxlora._quantized import as_before, dense, is_quantized
 from jaxlora._quantized_array import KINDS, QuantizedArray, quantize_array
 from jaxlora._roles import TracedRoles
@@ -38,7 +38,11 @@ def quantize(
     Each block of `block_size` consecutive elements of a weight is divided by its absmax, and each
     quotient is kept as the code of the nearest of 16 values (256 in int8). With double
     quantization the absmaxes are kept in 8 bits as well. With nf4, block_size 64 and double
-    quantization that is 0.5 + 1/64 + 4/(64 * 256) = 0.516 bytes a parameter.
+    quantization that is 0.516 bytes a parameter, 0.5 + 1/64 + 4/(64 * 256).
+
+    Blocks run along a weight's inputs, as its roles have them, which is what bitsandbytes does to
+    the same layer of PyTorch, whose weight is (out, in). Those of an embedding that is looked up
+    run along its rows, also as there; those of a weight without roles along its last dim.
 
     `lora_apply(fn)` takes the result where `fn` takes params: a use of a weight decodes it, and the
     backward pass decodes it again, so that the decoded weights are never there as a whole. Weights
@@ -113,7 +117,8 @@ def quantize(
         w = leaf.w if isinstance(leaf, LoraWeight) else leaf
         if id(w) not in done:
             of = leaf.roles if isinstance(leaf, LoraWeight) else _roles_of(path, w, roles)
-            done[id(w)] = _quantized(path, w, of, kind, block_size, double_quant)
+            lookup = is_looked_up(path, roles)
+            done[id(w)] = _quantized(path, w, of, lookup, kind, block_size, double_quant)
             floats[id(w)] = w  # kept, so that no other array gets its id
             if donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
                 jax.block_until_ready(done[id(w)])
@@ -127,7 +132,13 @@ def quantize(
 
 
 def _quantized(
-    path: str, w: Any, roles: str | None, kind: str, block_size: int | None, double_quant: bool
+    path: str,
+    w: Any,
+    roles: str | None,
+    lookup: bool,
+    kind: str,
+    block_size: int | None,
+    double_quant: bool,
 ) -> QuantizedArray:
     w = jnp.asarray(w)
     if known(lambda w: jnp.all(jnp.isfinite(w)), w) == 0:
@@ -135,18 +146,14 @@ def _quantized(
             f"{path}: got NaN or infinity in a weight, expected finite numbers: one of them would "
             "spoil all of its block. Where do the params come from?"
         )
-    stacked = 0
-    channels = None
-    if roles is not None:
-        stacked = leading_stacked(roles)
-        channels = tuple(d - stacked for d, role in enumerate(roles) if role == "o")
     return quantize_array(
         w,
         kind,
         block_size=block_size,
-        double_quant=double_quant and block_size is not None,
-        stacked=stacked,
-        channels=channels if block_size is None else None,
+        double_quant=double_quant,
+        stacked=0 if roles is None else leading_stacked(roles),
+        channels=dims_of("o", roles) if roles is not None and block_size is None else None,
+        along=None if roles is None or lookup else dims_of("i", roles),
     )
 
 

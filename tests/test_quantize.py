@@ -103,7 +103,7 @@ def test_stacked_weights_are_quantized_one_by_one():
         q = jaxlora.quantize(p, ["w"], roles=roles)["w"]
         assert q.stacked == 1
         for k in range(3):
-            assert_same(jax.tree.map(lambda x, k=k: x[k], q), quantize_array(w[k]))
+            assert_same(jax.tree.map(lambda x, k=k: x[k], q), quantize_array(w[k], along=(0,)))
     with pytest.raises(RolesError, match=r"w: .*\(3, 32, 64\).*trace_roles"):
         jaxlora.quantize(p, ["w"])
     lora = jaxlora.init(KEY, p, LoraConfig(targets=["w"], roles={"w": "sio"}))

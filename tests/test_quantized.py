@@ -41,6 +41,7 @@ REFUSED = {
         "dora_shard_map_tensor_parallel",
     },
     "rows": {},
+    "inputs": {},
     "channels": {},
 }
 
@@ -57,6 +58,14 @@ def by_rows(lw: LoraWeight) -> QuantizedArray:
     return quantize_array(lw.w, "int8", block_size=block, stacked=_stacked(lw))
 
 
+def along_inputs(lw: LoraWeight) -> QuantizedArray:
+    """As `jaxlora.quantize` does: blocks along the inputs, whose codes lie on the first axis."""
+    k = _stacked(lw)
+    along = [d - k for d, role in enumerate(lw.roles) if role == "i"]
+    n = math.prod(lw.shape[k + d] for d in along)
+    return quantize_array(lw.w, "int8", block_size=max(n, 2), stacked=k, along=along)
+
+
 def by_channel(lw: LoraWeight) -> QuantizedArray:
     """An absmax for each output."""
     k = _stacked(lw)
@@ -64,7 +73,7 @@ def by_channel(lw: LoraWeight) -> QuantizedArray:
     return quantize_array(lw.w, "int8", block_size=None, stacked=k, channels=channels)
 
 
-FORMS = {"flat": flat, "rows": by_rows, "channels": by_channel}
+FORMS = {"flat": flat, "rows": by_rows, "inputs": along_inputs, "channels": by_channel}
 
 
 def _stacked(lw: LoraWeight) -> int:
@@ -144,7 +153,13 @@ def weight(*shape, **options):
     return quantize_array(w, **{"block_size": 16, **options})
 
 
-TOKENS = jnp.array([[3, 1], [0, 99]])
+LAYOUTS = {
+    "rows": ((96, 32), {}),
+    "flat": ((96, 33), {}),
+    "inputs": ((96, 32), {"along": (0,)}),
+    "flat inputs": ((95, 32), {"along": (0,)}),
+}
+TOKENS = jnp.array([[3, 1], [0, 94]])
 LOOKUPS = {
     "indexed": lambda p: p["e"][TOKENS],
     "taken": lambda p: jnp.take(p["e"], TOKENS, axis=0),
@@ -159,14 +174,15 @@ LOOKUPS = {
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("shape", [(100, 32), (100, 33)], ids=["rows", "flat"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", LOOKUPS)
-def test_lookups_decode_the_rows_alone(how: str, shape, adapted: bool):
-    q = weight(*shape)
+def test_lookups_decode_the_rows_alone(how: str, layout: str, adapted: bool):
+    shape, options = LAYOUTS[layout]
+    q = weight(*shape, **options)
     if not adapted:
         leaf = q
     else:
-        parts = {"a": jnp.ones((100, 2)), "b": jnp.ones((2, shape[1])) / 8}
+        parts = {"a": jnp.ones((shape[0], 2)), "b": jnp.ones((2, shape[1])) / 8}
         leaf = LoraWeight(w=q, **parts, scale=jnp.float32(1), roles="io")
     fn = LOOKUPS[how]
     apply = jaxlora.lora_apply(fn)
@@ -186,9 +202,9 @@ def test_a_lookup_out_of_bounds_is_that_of_the_array():
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("shape", [(6, 32, 64), (6, 32, 63)], ids=["rows", "flat"])
+@pytest.mark.parametrize("layout", ["rows", "flat", "inputs"])
 @pytest.mark.parametrize("how", ["scan", "scan of a cast", "fori", "indexed", "unstacked"])
-def test_a_layer_is_decoded_at_a_time(how: str, shape, adapted: bool):
+def test_a_layer_is_decoded_at_a_time(how: str, layout: str, adapted: bool):
     def layer(h, w):
         return jnp.tanh(h @ w @ w.T)
 
@@ -202,8 +218,10 @@ def test_a_layer_is_decoded_at_a_time(how: str, shape, adapted: bool):
             x = layer(x, w[k] if how == "indexed" else jax.lax.index_in_dim(w, k, keepdims=False))
         return x
 
-    q = weight(*shape, stacked=1)
-    parts = {"a": jnp.ones((6, 32, 2)) / 9, "b": jnp.ones((6, 2, shape[2])) / 9}
+    outputs_of_layer = 63 if layout == "flat" else 64
+    along = (0,) if layout == "inputs" else None
+    q = weight(6, 32, outputs_of_layer, stacked=1, along=along)
+    parts = {"a": jnp.ones((6, 32, 2)) / 9, "b": jnp.ones((6, 2, outputs_of_layer)) / 9}
     leaf = LoraWeight(w=q, **parts, scale=jnp.ones(6), roles="sio") if adapted else q
     x, apply = jnp.ones((3, 32)) / 8, jaxlora.lora_apply(fn)
 
