@@ -58,7 +58,7 @@ class Deferred:
         """What the move, to that shape, makes of it without decoding; None if it needs to."""
         return None
 
-    def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
+    def picked(self, eqn: JaxprEqn, operands: Sequence[Any], index: int = 0) -> Any:
         """The elements that an equation picks, decoded one by one; None if that is no less work."""
         return None
 
@@ -247,15 +247,15 @@ class Decoded(Deferred):
             return dataclasses.replace(moved, inner=inner, shape=shape)
         return None
 
-    def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Decoded | None:
-        shape = tuple(_aval(eqn, 0).shape)
+    def picked(self, eqn: JaxprEqn, operands: Sequence[Any], index: int = 0) -> Decoded | None:
+        shape = tuple(_aval(eqn, index).shape)
         if not isinstance(self.decoder, Whole) or self._labels or math.prod(shape) >= self.size:
             return None
         q = self._weight()
         if not isinstance(q, QuantizedArray) or q.block_size is None:
             return None
         at = self._placed(places(q), self.inner)
-        (at,) = _compat.bind(eqn, [at, *operands], **_without_fill(eqn))
+        at = _compat.bind(eqn, [at, *operands], **_without_fill(eqn))[index]
         parts = (Labelled(at, tuple(range(at.ndim))), *self.parts)
         decoder = Elements(self.decoder.treedef)
         return dataclasses.replace(self, parts=parts, inner=(), decoder=decoder, shape=shape)
@@ -436,8 +436,8 @@ class Call(Deferred):
     def followed(self, move: Move, shape: tuple[int, ...]) -> Call | None:
         return self._on_child(lambda v: v.followed(move, shape))
 
-    def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Call | None:
-        return self._on_child(lambda v: v.picked(eqn, operands))
+    def picked(self, eqn: JaxprEqn, operands: Sequence[Any], index: int = 0) -> Call | None:
+        return self._on_child(lambda v: v.picked(eqn, operands, index))
 
     def leaf_dims(self) -> list[Dims]:
         if self._child is None:
@@ -537,7 +537,7 @@ def moved(eqn: JaxprEqn, w: Any, operands: Sequence[Any], move: Move, index: int
         shape = tuple(_aval(eqn, index).shape)
         found = w.followed(move, shape)
         if found is None and shape != w.shape:
-            found = w.picked(eqn, operands)
+            found = w.picked(eqn, operands, index)
         if found is not None:
             return found if move.valid is None else Filled.of(found, move.valid, eqn)
     return bound(eqn, [w, *operands], index)

@@ -44,7 +44,7 @@ def dims_of(letter: str, roles: str) -> tuple[int, ...]:
     (0, 1)
     """
     k = leading_stacked(roles)
-    return tuple(d - k for d, role in enumerate(roles) if role == letter)
+    return tuple(d - k for d, role in enumerate(roles) if role == letter and d >= k)
 
 
 def _order(roles: str) -> list[int]:

@@ -64,7 +64,8 @@ def quantize(
         `block_size=None` of all but Flax's two-dimensional `kernel`s and `embedding`s; best
         `jaxlora.trace_roles(fn, params, *args)`.
       donate: delete each float weight once it is quantized, so that there is never a second copy
-        of the model. The tree that was given cannot be used after that.
+        of the model. The tree that was given cannot be used after that. An array that is also
+        elsewhere in the tree, where it stays a float, is kept.
 
     Returns:
       The tree with a `QuantizedArray` in place of each weight that was found.
@@ -74,7 +75,7 @@ def quantize(
         floating-point, is trained in full, or is a vector; NaN or infinity in a weight (under
         `jit`, where values cannot be seen, they give NaN); an unknown kind or a block size that
         does not fit it.
-      RolesError: a weight of three and more dimensions without roles.
+      RolesError: a weight without roles that needs them (see `roles`).
 
     >>> params = {"kernel": jnp.ones((64, 128)), "head": jnp.ones((128, 10))}
     >>> quantize(params, ["kernel"])["kernel"]
@@ -85,6 +86,7 @@ def quantize(
       Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 2.
     """
     _check_kind(kind, block_size)
+    block_size = None if block_size is None else int(block_size)
     pairs, treedef = _paths.flatten_with_paths(tree, is_leaf=is_node)
     leaves = {path: leaf for path, leaf in pairs if hasattr(leaf, "shape")}
     adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoraWeight)]
@@ -108,6 +110,9 @@ def quantize(
     for path in chosen:
         _check(path, leaves[path])
 
+    # What stays a float elsewhere in the tree (a tied weight, a FullWeight's w) is not donated.
+    rest = [leaf for path, leaf in pairs if path not in chosen]
+    staying = {id(x) for x in jax.tree.leaves(rest)}
     done: dict[int, QuantizedArray] = {}  # one array in two places is quantized once
     floats: dict[int, Any] = {}
 
@@ -116,11 +121,16 @@ def quantize(
             return leaf
         w = leaf.w if isinstance(leaf, LoraWeight) else leaf
         if id(w) not in done:
-            of = leaf.roles if isinstance(leaf, LoraWeight) else _roles_of(path, w, roles)
+            of = (
+                leaf.roles
+                if isinstance(leaf, LoraWeight)
+                else _roles_of(path, w, roles, block_size is None)
+            )
             lookup = is_looked_up(path, roles)
             done[id(w)] = _quantized(path, w, of, lookup, kind, block_size, double_quant)
             floats[id(w)] = w  # kept, so that no other array gets its id
-            if donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
+            donated = donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer)
+            if donated and id(w) not in staying:
                 jax.block_until_ready(done[id(w)])
                 w.delete()
         q = done[id(w)]
@@ -146,32 +156,39 @@ def _quantized(
             f"{path}: got NaN or infinity in a weight, expected finite numbers: one of them would "
             "spoil all of its block. Where do the params come from?"
         )
+    # Each of a stack has its own absmax, also if the stacked dims are not the first.
+    channels = None if roles is None else sorted(dims_of("o", roles) + dims_of("s", roles))
     return quantize_array(
         w,
         kind,
         block_size=block_size,
         double_quant=double_quant,
         stacked=0 if roles is None else leading_stacked(roles),
-        channels=dims_of("o", roles) if roles is not None and block_size is None else None,
+        channels=channels if block_size is None else None,
         along=None if roles is None or lookup else dims_of("i", roles),
     )
 
 
-def _roles_of(path: str, w: Any, given: Mapping[str, str] | None) -> str | None:
+def _roles_of(path: str, w: Any, given: Mapping[str, str] | None, by_output: bool) -> str | None:
     """The roles of a weight without adapter, for which dims are stacked; None: no dim is."""
     found = _paths.lookup(given or {}, path)
     if found is not None:
         check_roles(found, w.shape, path)
         return found
-    if len(w.shape) == 2:
-        return "io" if _paths.leaf_name(path) in ("kernel", "embedding") else None
+    if len(w.shape) == 2 and _paths.leaf_name(path) in ("kernel", "embedding"):
+        return "io"
+    if len(w.shape) == 2 and not by_output:
+        return None
     traced = isinstance(given, TracedRoles)
     why = "the traced function shows none that serve all of its uses" if traced else "got none"
+    reason, example = "each element of a stack (layers, experts) is quantized by itself", "sio"
+    if len(w.shape) == 2:
+        reason, example = "block_size=None is one absmax for each output", "io"
     raise RolesError(
-        f"{path}: {why}, expected roles for a weight of shape {tuple(w.shape)}, since each element "
-        "of a stack (layers, experts) is quantized by itself. Read them from the model, "
+        f"{path}: {why}, expected roles for a weight of shape {tuple(w.shape)}, since "
+        f"{reason}. Read them from the model, "
         "jaxlora.quantize(..., roles=jaxlora.trace_roles(fn, params, *args)), or say "
-        f"roles={{{_paths.short(path)!r}: 'sio'}}; or leave it out: exclude=[...]."
+        f"roles={{{_paths.short(path)!r}: {example!r}}}; or leave it out: exclude=[...]."
     )
 
 

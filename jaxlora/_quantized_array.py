@@ -435,8 +435,10 @@ def _block_absmax(x: jax.Array, block_size: int) -> jax.Array:
 
 
 def _absmax(x: jax.Array, axes: Any) -> jax.Array:
-    """In float32. Found in x's own dtype: a float32 copy for two uses would be kept."""
-    return jnp.max(jnp.abs(x), axis=axes, initial=0).astype(jnp.float32)
+    """In float32; NaN if there is one. Found in x's own dtype: a float32 copy would be kept."""
+    absmax = jnp.max(jnp.abs(x), axis=axes, initial=0).astype(jnp.float32)
+    # On CPUs, XLA's maximum of many float32 numbers may pass over a NaN.
+    return jnp.where(jnp.any(jnp.isnan(x), axis=axes), jnp.nan, absmax)
 
 
 def _relative(x: jax.Array, absmax: jax.Array, block_size: int | None, top: int = 1) -> jax.Array:

@@ -146,6 +146,34 @@ def test_donating_frees_each_weight_as_it_goes():
     assert not p["layer"]["kernel"].is_deleted()
 
 
+def test_donating_keeps_what_stays_in_the_tree():
+    w = normal(32, 64)
+    q = jaxlora.quantize({"layer": {"kernel": w}, "head": w}, ["layer"], donate=True)
+    assert q["head"] is w
+    assert not w.is_deleted()
+
+
+def test_a_stack_behind_gets_absmaxes_of_its_own():
+    q = jaxlora.quantize(
+        {"w": normal(4, 6, 3)}, ["w"], kind="int8", block_size=None, roles={"w": "ios"}
+    )
+    assert q["w"].absmax.shape == (6, 3)
+
+
+def test_outputs_of_a_matrix_must_be_known():
+    with pytest.raises(RolesError, match=r"w: got none.*each output.*roles=\{'w': 'io'\}"):
+        jaxlora.quantize({"w": normal(4, 6)}, ["w"], kind="int8", block_size=None)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_nan_under_jit_gives_nan(kind: str):
+    p = {"w": normal(64, 64).at[0, 0].set(jnp.nan)}
+    run = jax.jit(lambda p: jaxlora.quantize(p, ["w"], kind=kind, double_quant=False))
+    found = jnp.isnan(run(p)["w"].dequantize())
+    assert found[0].all()
+    assert not found[1:].any()
+
+
 def test_numpy_params_and_jit():
     p = jax.tree.map(np.asarray, params())
     q = jaxlora.quantize(p, ["layer"])

@@ -306,6 +306,30 @@ def test_a_trained_scale_of_a_weight_gets_its_gradient():
         assert_close(got, expected, 5)
 
 
+def test_split_columns():
+    """Of blocks that run over them: each part picks its own elements."""
+    config = jaxlora.LoraConfig(rank=2, targets=["w"])
+    lora = jaxlora.init(KEY, {"w": jax.random.normal(KEY, (4, 6))}, config, roles={"w": "io"})
+    lora = jaxlora.quantize(lora, block_size=4)
+    apply = jaxlora.lora_apply(lambda p, x: [x @ w for w in jnp.split(p["w"], 3, axis=1)])
+    x = jnp.ones((2, 4))
+    assert_close(apply(lora, x), apply(jaxlora.dequantize(lora), x))
+
+
+def test_an_explicitly_sharded_batch():
+    config = jaxlora.LoraConfig(rank=2, targets=["w"])
+    lora = jaxlora.init(KEY, {"w": jax.random.normal(KEY, (4, 6))}, config, roles={"w": "io"})
+    lora = jaxlora.quantize(lora, block_size=2)
+    x = jax.random.normal(KEY, (4, 4))
+    apply = jaxlora.lora_apply(lambda p, x: x @ p["w"])
+    run = jax.jit(jax.value_and_grad(lambda x: scalar(apply(lora, x))))
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    expected = run(x)
+    with jax.set_mesh(mesh):
+        got = run(jax.device_put(x, jax.P("a")))
+    assert_close(jax.device_get(got), jax.device_get(expected))
+
+
 def test_uses_that_would_decode_the_whole_are_refused():
     q = weight(16, 32)
     apply = jaxlora.lora_apply(lambda p: p["w"] + 1)
