@@ -94,12 +94,12 @@ def init(
     if roles is not None and not isinstance(roles, TracedRoles):
         for path in roles:
             if _paths.lookup(leaves, path) is None:
-                raise _no_match("roles", path, leaves)
+                raise no_match("roles", path, leaves)
     for field in ("rank_pattern", "alpha_pattern", "roles"):
         among = leaves if field == "roles" else targets
         for pattern in getattr(config, field):
             if not any(_paths.matches_key(path, pattern) for path in among):
-                raise _no_match(field, pattern, among)
+                raise no_match(field, pattern, among)
 
     def place(path: str, leaf: Any) -> Any:
         if path in full:
@@ -153,7 +153,7 @@ def select(
     if callable(pattern):
         found = {path for path, leaf in leaves.items() if pattern(path, leaf)}
         if not found:
-            raise _no_match(field, getattr(pattern, "__name__", "the function"), leaves)
+            raise no_match(field, getattr(pattern, "__name__", "the function"), leaves)
         return found
     if isinstance(pattern, str):
         try:
@@ -164,7 +164,7 @@ def select(
                 f"For the name of a module, give a list: {field}=[{pattern!r}]."
             ) from None
         if not found:
-            raise _no_match(field, pattern, leaves)
+            raise no_match(field, pattern, leaves)
         return found
     names = list(pattern)
     if not all(isinstance(name, str) for name in names):
@@ -173,7 +173,7 @@ def select(
             "(path, leaf)."
         )
     if not names:
-        raise _no_match(field, "()", leaves)
+        raise no_match(field, "()", leaves)
     selected = set()
     for name in names:
         found = {path for path, leaf in leaves.items() if matches_name(path, leaf, name)}
@@ -191,7 +191,7 @@ def select(
                     f"of two or more dimensions:{_paths.listing(vectors)}\n"
                     f"To train them in full: LoraConfig(train=[{name!r}])."
                 )
-            raise _no_match(field, name, leaves, "names")
+            raise no_match(field, name, leaves, "names")
         selected |= found
     return selected
 
@@ -223,7 +223,7 @@ def find_targets(
         linear = {_paths.short(path) for path in roles.uses if roles.is_linear(path)}
         found = {p for p, x in leaves.items() if len(x.shape) >= 2 and _paths.short(p) in linear}
         if not found:
-            raise _no_match("targets", ALL_LINEAR, leaves)
+            raise no_match("targets", ALL_LINEAR, leaves)
     else:
         found = select(targets, leaves, "targets", _weight_of)
     return [path for path in leaves if path in found]
@@ -270,11 +270,11 @@ def _biases(config: LoraConfig, leaves: Mapping[str, Any], targets: list[str]) -
         modules = {_paths.module_path(path) for path in targets}
         biases = {path for path in biases if _paths.module_path(path) in modules}
     if not biases:
-        raise _no_match("bias", config.bias, leaves)
+        raise no_match("bias", config.bias, leaves)
     return biases
 
 
-def _no_match(field: str, pattern: str, paths: Iterable[str], kind: str = "") -> TargetError:
+def no_match(field: str, pattern: str, paths: Iterable[str], kind: str = "") -> TargetError:
     paths = list(paths)
     shape = {
         "exclude": "the path of a leaf or the name of a module",

@@ -9,10 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora import _paths
 from jaxlora._errors import RolesError, TargetError
-from jaxlora._init import check_shared, find_targets, is_below, is_looked_up, select
+from jaxlora._init import (
+    check_shared,
+    find_targets,
+    is_below,
+    is_looked_up,
+    no_match,
+    select,
+)
 from jaxlora._matrix import dims_of, leading_stacked
 from jaxlora._quantized import as_before, dense, is_quantized
 from jaxlora._quantized_array import KINDS, QuantizedArray, quantize_array
@@ -107,7 +115,11 @@ def quantize(
             "quantize: every target is left out by `exclude`, expected at least one weight."
         )
     check_shared(tree, {*chosen})
-    for path in chosen:
+    if roles is not None and not isinstance(roles, TracedRoles):
+        for path in roles:
+            if _paths.lookup(leaves, path) is None:
+                raise no_match("roles", path, leaves)
+    for path in chosen:  # all of them before the first is quantized, and perhaps deleted
         _check(path, leaves[path])
 
     # What stays a float elsewhere in the tree (a tied weight, a FullWeight's w) is not donated.
@@ -151,11 +163,6 @@ def _quantized(
     double_quant: bool,
 ) -> QuantizedArray:
     w = jnp.asarray(w)
-    if known(lambda w: jnp.all(jnp.isfinite(w)), w) == 0:
-        raise TargetError(
-            f"{path}: got NaN or infinity in a weight, expected finite numbers: one of them would "
-            "spoil all of its block. Where do the params come from?"
-        )
     # Each of a stack has its own absmax, also if the stacked dims are not the first.
     channels = None if roles is None else sorted(dims_of("o", roles) + dims_of("s", roles))
     return quantize_array(
@@ -233,6 +240,21 @@ def _check(path: str, leaf: Any) -> None:
             f"{path}: got a leaf of shape {tuple(w.shape)}, expected a weight of two or more "
             f"dimensions. Leave it out: jaxlora.quantize(..., exclude=[{name!r}])."
         )
+    if isinstance(w, jax.ShapeDtypeStruct):
+        raise TargetError(
+            f"{path}: got a shape without data, expected an array. For the shapes of the result: "
+            "jax.eval_shape(lambda params: jaxlora.quantize(params, ...), params)."
+        )
+    finite = np.isfinite(w).all() if isinstance(w, np.ndarray) else known(_all_finite, w)
+    if finite is not None and not finite:
+        raise TargetError(
+            f"{path}: got NaN or infinity in a weight, expected finite numbers: one of them would "
+            "spoil all of its block. Where do the params come from?"
+        )
+
+
+def _all_finite(w: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(w))
 
 
 def dequantize(tree: Any) -> Any:

@@ -91,12 +91,12 @@ def _batch(args: Sequence[Any], dims: Sequence[Any], *, jaxpr: Any, of: Any) -> 
         )
         x, dims = jnp.broadcast_to(x, (size, *x.shape)), (0, *dims[1:])
     batched = jax.vmap(lambda *args: f(*args)[0], in_axes=tuple(dims))
-    return recomputed(batched, x, leaves, None), 0
+    return recomputed(batched, x, leaves, of), 0
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: Any, of: Any) -> Any:
     (x, *leaves), (dx, *_) = primals, tangents  # the leaves' own are zero, symbolic or not
-    return _bind(jaxpr, x, leaves, of), _bind(jaxpr, ad.instantiate_zeros(dx), leaves)
+    return _bind(jaxpr, x, leaves, of), _bind(jaxpr, ad.instantiate_zeros(dx), leaves, of)
 
 
 def _transpose(ct: Any, x: Any, *leaves: Any, jaxpr: Any, of: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlora._errors import TargetError
 from jaxlora._matrix import dims_of, from_matrix, leading_stacked
 from jaxlora._quantized import is_quantized
-from jaxlora._quantized_array import quantize_array
+from jaxlora._quantized_array import KINDS, quantize_array
 from jaxlora._target import (
     Initializer,
     Target,
@@ -194,6 +194,11 @@ def loftq(quantize: str | Callable[[jax.Array], Any] = "nf4", iterations: int = 
     References:
       Li et al. 2023, LoftQ, arXiv 2310.08659, sections 3.1 and 3.2, algorithm 1.
     """
+    if isinstance(quantize, str) and quantize not in KINDS:
+        raise TargetError(
+            f"loftq: got {quantize!r}, expected one of {', '.join(map(repr, KINDS))}, or a "
+            "function of an array, for instance jaxlora.quantize_array."
+        )
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise TargetError(
             f"loftq: got iterations {iterations!r}, expected an integer of at least 1, for "

@@ -419,3 +419,22 @@ def test_loftq_takes_any_quantizer():
     q = jaxlora.init(KEY, params(), config)["layer"]["kernel"].w
     assert isinstance(q, QuantizedArray)
     assert (q.kind, q.block_size) == ("int8", 32)
+
+
+def test_nothing_is_deleted_before_all_is_checked():
+    p = {"a": normal(4, 64), "b": normal(4, 64).at[0, 0].set(jnp.nan)}
+    with pytest.raises(TargetError, match="b: got NaN"):
+        jaxlora.quantize(p, ["a", "b"], donate=True)
+    assert not p["a"].is_deleted()
+    with pytest.raises(TargetError, match="b: got NaN"):
+        jaxlora.quantize(jax.tree.map(np.asarray, p), ["b"])
+
+
+def test_more_bad_input():
+    p = params()
+    with pytest.raises(TargetError, match="roles: 'typo' matches nothing"):
+        jaxlora.quantize(p, ["layer"], roles={"typo": "io"})
+    with pytest.raises(TargetError, match=r"layer/kernel: got a shape without data.*eval_shape"):
+        jaxlora.quantize(jax.eval_shape(lambda: p), ["layer"])
+    with pytest.raises(TargetError, match=r"loftq: got 'nf8', expected one of 'nf4'"):
+        initializers.loftq("nf8")
