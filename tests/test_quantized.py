@@ -63,7 +63,8 @@ def along_inputs(lw: LoraWeight) -> QuantizedArray:
     k = _stacked(lw)
     along = [d - k for d, role in enumerate(lw.roles) if role == "i"]
     n = math.prod(lw.shape[k + d] for d in along)
-    return quantize_array(lw.w, "int8", block_size=max(n, 2), stacked=k, along=along)
+    block = n // 2 if lw.shape[k + along[0]] % 2 == 0 and n > 2 else max(n, 2)
+    return quantize_array(lw.w, "int8", block_size=block, stacked=k, along=along)
 
 
 def by_channel(lw: LoraWeight) -> QuantizedArray:
