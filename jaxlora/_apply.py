@@ -183,10 +183,14 @@ def lora_apply(
             return node.sum()
         if materialize == "allow":
             return node.materialized()
+        names = [*map(_paths.short, node.path.split(", "))]
+        form, where = "form W + BA", f"LoraConfig(..., exclude={names})"
+        if not node.terms:
+            form, where = "dequantize it as a whole", f"jaxlora.quantize(..., exclude={names})"
         raise MaterializeError(
-            f"{node.path}: {use} would have to form W + BA, of shape {node.shape}. Either allow "
-            'that with jaxlora.lora_apply(fn, materialize="allow"), or leave this weight out of '
-            f"the targets: LoraConfig(..., exclude={[*map(_paths.short, node.path.split(', '))]})."
+            f"{node.path}: {use} would have to {form}, of shape {node.shape}. Either allow that "
+            'with jaxlora.lora_apply(fn, materialize="allow"), or leave this weight out of the '
+            f"targets: {where}."
         )
 
     def run(arguments: Arguments, dynamic: list[Any]) -> Any:

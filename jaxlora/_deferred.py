@@ -46,6 +46,10 @@ class Deferred:
         """What the move, to that shape, makes of it without decoding; None if it needs to."""
         return None
 
+    def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
+        """The elements that an equation picks, decoded one by one; None if that is no less work."""
+        return None
+
     def leaf_dims(self) -> list[Dims]:
         """For each leaf, the dims along its axes; RANK for axes that are no dim."""
         return [(RANK,) * leaf.ndim for leaf in jax.tree.leaves(self)]
@@ -178,7 +182,10 @@ class Decoded(Deferred):
         return tuple(d for d in self.parts[0].dims if d != RANK)
 
     def value(self) -> jax.Array:
-        array, dims = self.decoder(self.parts), (*self._labels, *self.inner)
+        return self._placed(self.decoder(self.parts), (*self._labels, *self.inner))
+
+    def _placed(self, array: jax.Array, dims: Dims) -> jax.Array:
+        """An array along some dims, in their order, and the same all along the others."""
         order = sorted(range(len(dims)), key=dims.__getitem__)
         return lax.broadcast_in_dim(lax.transpose(array, order), self.shape, sorted(dims))
 
@@ -216,14 +223,13 @@ class Decoded(Deferred):
         return None
 
     def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Decoded | None:
-        """The elements that an equation picks, where no row has codes of its own."""
         shape = tuple(_aval(eqn, 0).shape)
         if not isinstance(self.decoder, Whole) or self._labels or math.prod(shape) >= self.size:
             return None
         q = self._weight()
-        if not isinstance(q, QuantizedArray) or self.inner != tuple(range(self.ndim)):
+        if not isinstance(q, QuantizedArray) or q.block_size is None:
             return None
-        at = lax.iota(np.int32, self.size).reshape(self.shape)
+        at = self._placed(lax.iota(np.int32, q.size).reshape(q.shape), self.inner)
         (at,) = _compat.bind(eqn, [at, *operands], **_without_fill(eqn))
         parts = (Labelled(at, tuple(range(at.ndim))), *self.parts)
         decoder = Elements(self.decoder.treedef)
@@ -387,6 +393,9 @@ class Call(Deferred):
     def followed(self, move: Move, shape: tuple[int, ...]) -> Call | None:
         return self._on_child(lambda v: v.followed(move, shape))
 
+    def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Call | None:
+        return self._on_child(lambda v: v.picked(eqn, operands))
+
     def leaf_dims(self) -> list[Dims]:
         if self._child is None:
             return super().leaf_dims()
@@ -484,7 +493,7 @@ def moved(eqn: JaxprEqn, w: Any, operands: Sequence[Any], move: Move, index: int
     if isinstance(w, Deferred) and eqn.primitive.name != "pad":  # which puts in what is no code
         shape = tuple(_aval(eqn, index).shape)
         found = w.followed(move, shape)
-        if found is None and isinstance(w, Decoded) and (move.picked or move.changed):
+        if found is None and shape != w.shape:
             found = w.picked(eqn, operands)
         if found is not None:
             return found if move.valid is None else Filled.of(found, move.valid, eqn)

@@ -28,6 +28,15 @@ def split_shape(
     return stacked, inputs, outputs
 
 
+def leading_stacked(roles: str) -> int:
+    """How many of the first dims are stacked.
+
+    >>> leading_stacked("ssio")
+    2
+    """
+    return len(roles) - len(roles.lstrip("s"))
+
+
 def _order(roles: str) -> list[int]:
     """The dims of a weight, stacked ones first, then inputs, then outputs."""
     return sorted(range(len(roles)), key=lambda d: ROLE_LETTERS.index(roles[d]))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxlora import _paths
 from jaxlora._errors import RolesError, TargetError
 from jaxlora._init import check_shared, find_targets, is_below, select
+from jaxlora._matrix import leading_stacked
 from jaxlora._quantized import as_before, dense, is_quantized
 from jaxlora._quantized_array import KINDS, QuantizedArray, quantize_array
 from jaxlora._roles import TracedRoles
@@ -137,7 +138,7 @@ def _quantized(
     stacked = 0
     channels = None
     if roles is not None:
-        stacked = len(roles) - len(roles.lstrip("s"))
+        stacked = leading_stacked(roles)
         channels = tuple(d - stacked for d, role in enumerate(roles) if role == "o")
     return quantize_array(
         w,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlora import _compat
 from jaxlora._codebooks import FP4, NF4, dynamic_code, middles
@@ -74,6 +76,30 @@ class QuantizedArray:
     block_size: int | None
     channels: tuple[int, ...] | None = None
 
+    def __post_init__(self):
+        self.check()
+
+    def check(self, path: str = "this array") -> None:
+        """Raises if the parts do not fit each other; `path` is named in the message."""
+        _check_kind(self.kind, self.block_size, self.channels)
+        outer = tuple(self.codes.shape[: self.stacked])
+        codes, absmax = _shapes(self.inner, self.kind, self.block_size, self.channels)
+        groups = None if self.absmax_scale is None else (*outer, -(-math.prod(absmax) // GROUP))
+        for name, expected in (
+            ("codes", (*outer, *codes)),
+            ("absmax", (*outer, *absmax)),
+            ("absmax_scale", groups),
+            ("absmax_offset", None if groups is None else outer),
+        ):
+            array = getattr(self, name)
+            got = None if array is None else tuple(array.shape)
+            if got != expected:
+                raise TargetError(
+                    f"{path}: got {name} of shape {got}, expected {expected} for {self!r}. Slice "
+                    "or stack all of its leaves alike, jax.tree.map(lambda x: x[0], q), or make "
+                    "one with jaxlora.quantize."
+                )
+
     @property
     def is_rowwise(self) -> bool:
         """Whether the codes have W's dims; else the inner ones are flat."""
@@ -103,14 +129,9 @@ class QuantizedArray:
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array: code times absmax in float32, rounded once to `dtype` (default: its own)."""
-        dtype = self.dtype if dtype is None else dtype
-        absmax = absmax_of(self)
-        if self.channels is not None:
-            absmax = over_channels(absmax, self.inner, self.channels)
-        values = decode(self.kind, self.codes, absmax, dtype, self.block_size)
-        if not self.is_rowwise:
-            values = values[..., : math.prod(self.inner)]
-        return values.reshape(self.shape)
+        spec = P(*_compat.explicit_spec(self.codes)) if self.is_rowwise else P()
+        dequantize = _in_any_layout(_dequantize, self.codes, spec)
+        return dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", None)
@@ -141,6 +162,17 @@ register_export(QuantizedArray, _to_json, _from_json)
 def is_rowwise(inner: tuple[int, ...], block_size: int | None) -> bool:
     """Whether whole blocks fill a row, so that codes keep the dims of the array."""
     return block_size is None or (len(inner) > 0 and inner[-1] % block_size == 0)
+
+
+def _shapes(
+    inner: tuple[int, ...], kind: str, block_size: int | None, channels: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the codes and of the absmaxes, without stacked dims."""
+    if block_size is None:
+        return inner, tuple(inner[i] for i in channels or ())
+    rows = inner if is_rowwise(inner, block_size) else (math.prod(inner),)
+    each = 1 if kind == "int8" else 2
+    return (*rows[:-1], -(-rows[-1] // each)), (*rows[:-1], -(-rows[-1] // block_size))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,7 +234,8 @@ def quantize_array(
         )
     inner = tuple(w.shape[stacked:])
     named = None if channels is None else _dims(channels, inner)
-    codes, absmax, scale, offset = _encode(w, kind, block_size, double_quant, stacked, named)
+    encode = _in_any_layout(_encode, w, _specs(w, block_size, double_quant, stacked, named))
+    codes, absmax, scale, offset = encode(w, kind, block_size, double_quant, stacked, named)
     return QuantizedArray(
         codes=codes,
         absmax=absmax,
@@ -248,11 +281,8 @@ def _check_kind(kind: Any, block_size: Any, channels: Any) -> None:
             f"quantize_array: got channels={channels!r} and block_size={block_size!r}, expected "
             "one of them. By channel: kind='int8', block_size=None, channels=(1,)."
         )
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size % 2:
-        found = None
-    else:
-        found = block_size
-    if found is None or found < 2:
+    is_integer = isinstance(block_size, int) and not isinstance(block_size, bool)
+    if not is_integer or block_size < 2 or block_size % 2:
         raise TargetError(
             f"quantize_array: got block_size={block_size!r}, expected an even integer from 2 up. "
             "bitsandbytes knows 32, 64 (the default), 128, 256, 512, 1024, 2048 and 4096."
@@ -269,6 +299,30 @@ def _dims(channels: Sequence[int], inner: tuple[int, ...]) -> tuple[int, ...]:
         f"quantize_array: got channels={channels!r}, expected distinct dims of {inner}, the shape "
         "without its stacked dims. One absmax for each column of a matrix: channels=(1,)."
     )
+
+
+def _in_any_layout(fn: Callable[..., Any], x: Any, specs: Any) -> Callable[..., Any]:
+    """`fn(array, *static)`, also where types say how x is sharded: there repeats are refused."""
+    if isinstance(x, np.ndarray) or not any(_compat.explicit_spec(x)):
+        return fn
+    mesh = jax.typeof(x).sharding.mesh
+    out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return lambda array, *static: jax.sharding.auto_axes(
+        lambda array: fn(array, *static), out_sharding=out
+    )(array)
+
+
+def _specs(
+    w: Any, block_size: int | None, double_quant: bool, stacked: int, channels: Any
+) -> tuple[Any, ...]:
+    """Of the four leaves: codes as w, absmaxes too but for its last dim, the small ones whole."""
+    spec = (None,) * w.ndim if isinstance(w, np.ndarray) else _compat.explicit_spec(w)
+    if block_size is None:
+        return P(*spec), P(*spec[:stacked], *(spec[stacked + i] for i in channels)), None, None
+    small = (P(), P()) if double_quant else (None, None)
+    if is_rowwise(w.shape[stacked:], block_size):
+        return P(*spec), P(*spec[:-1]), *small
+    return P(), P(), *small
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=_compat.INLINE)
@@ -295,54 +349,58 @@ def _encode(
 
 def _by_channel(w: jax.Array, channels: tuple[int, ...]) -> tuple[Any, ...]:
     others = tuple(i for i in range(w.ndim) if i not in channels)
-    absmax = _absmax(w, others, keepdims=True)
-    codes = _rounded(_relative(w.astype(jnp.float32), absmax, 127))
-    return codes, absmax.reshape([w.shape[i] for i in channels]), None, None
+    absmax = _absmax(w, others)
+    each = over_channels(absmax, w.shape, channels)
+    return _rounded(_relative(w.astype(jnp.float32), each, None, 127)), absmax, None, None
 
 
 def _by_block(w: jax.Array, kind: str, block_size: int) -> tuple[jax.Array, jax.Array]:
-    if is_rowwise(w.shape, block_size):
-        size = w.shape[-1]
-        blocks = w.reshape(*w.shape[:-1], size // block_size, block_size)
-    else:
-        size = w.size
-        blocks = _filled(w.reshape(size), block_size)
-    absmax = _absmax(blocks, -1)
-    top = 127 if kind == "int8" else 1
-    relative = _relative(blocks.astype(jnp.float32), absmax[..., None], top, size)
-    codes = _rounded(relative) if kind == "int8" else nearest(relative, TABLES[kind])
-    codes = codes.reshape(*codes.shape[:-2], codes.shape[-2] * block_size)
+    if not is_rowwise(w.shape, block_size):
+        w = w.reshape(w.size)
+    absmax = _block_absmax(w, block_size)
+    w = w.astype(jnp.float32)
     if kind == "int8":
-        return codes[..., :size], absmax
-    pairs = codes[..., : size + size % 2].reshape(*codes.shape[:-1], -(-size // 2), 2)
-    # A sum, since what goes into a reduction is fused with it, and into slices is not.
-    return jnp.sum(pairs * np.array([16, 1], np.uint8), axis=-1, dtype=jnp.uint8), absmax
+        return _rounded(_relative(w, absmax, block_size, 127)), absmax
+    return _packed(nearest(_relative(w, absmax, block_size), TABLES[kind]), TABLES[kind]), absmax
 
 
-def _absmax(x: jax.Array, axes: Any, keepdims: bool = False) -> jax.Array:
+def _packed(codes: jax.Array, table: np.ndarray) -> jax.Array:
+    """(..., elements) to (..., bytes), with a last zero if their number is odd."""
+    size = codes.shape[-1]
+    if size % 2:
+        codes = jnp.pad(codes, (0, 1), constant_values=np.flatnonzero(table == 0)[0])
+    pairs = codes.reshape(*codes.shape[:-1], -(-size // 2), 2)
+    # A sum: JAX 0.10 takes three times as long with two strided slices.
+    return jnp.sum(pairs * np.array([16, 1], np.uint8), axis=-1, dtype=jnp.uint8)
+
+
+def _block_absmax(x: jax.Array, block_size: int) -> jax.Array:
+    """(..., elements) to (..., blocks), of which the last may be short."""
+    blocks = -(-x.shape[-1] // block_size)
+    if blocks * block_size > x.shape[-1]:
+        x = jnp.pad(x, (0, blocks * block_size - x.size))
+    return _absmax(x.reshape(*x.shape[:-1], blocks, block_size), -1)
+
+
+def _absmax(x: jax.Array, axes: Any) -> jax.Array:
     """In float32. Found in x's own dtype: a float32 copy for two uses would be kept."""
-    return jnp.max(jnp.abs(x), axis=axes, keepdims=keepdims, initial=0).astype(jnp.float32)
+    return jnp.max(jnp.abs(x), axis=axes, initial=0).astype(jnp.float32)
 
 
-def _filled(x: jax.Array, block_size: int) -> jax.Array:
-    """(n,) to (blocks, block_size), the last block filled up with zeros."""
-    x = jnp.pad(x, (0, -x.size % block_size))
-    return x.reshape(x.size // block_size, block_size)
-
-
-def _relative(x: jax.Array, absmax: jax.Array, top: int, size: int | None = None) -> jax.Array:
+def _relative(x: jax.Array, absmax: jax.Array, block_size: int | None, top: int = 1) -> jax.Array:
     """top * x / absmax; zero where absmax is zero, or so small that its inverse is no number.
 
-    Rounded as bitsandbytes does on a CPU: times the inverse, but over absmax in the last one of
-    blocks (dim -2) that `size` elements do not fill.
+    Rounded as bitsandbytes does on a CPU: times the inverse, but over absmax in a short last block.
     """
+    size = x.shape[-1] if x.ndim else 1
+    each = functools.partial(spread, block_size=block_size, size=size)
     absmax = jnp.where(absmax < top * _SMALLEST_NORMAL, jnp.inf, absmax)
     # The inverse of the very largest would be subnormal, and flushed to zero.
     shrink = jnp.where((absmax > _HUGE) & (absmax < jnp.inf), jnp.float32(1 / _HUGE), 1)
-    relative = (x * shrink) * (top / (absmax * shrink))
-    if top == 1 and size is not None and size % x.shape[-1]:
-        is_last = jnp.arange(x.shape[-2])[:, None] == x.shape[-2] - 1
-        relative = jnp.where(is_last, x / absmax, relative)
+    relative = (x * each(shrink)) * each(top / (absmax * shrink))
+    if block_size and size % block_size and top == 1:
+        is_short = jnp.arange(size) >= size - size % block_size
+        relative = jnp.where(is_short, x / each(absmax), relative)
     return relative
 
 
@@ -361,24 +419,37 @@ def nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
 
 def _double(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes of absmax, their scales by groups, and the offset."""
-    offset = _sum(absmax.reshape(absmax.size)) / max(absmax.size, 1)
-    groups = _filled(absmax.reshape(absmax.size) - offset, GROUP)
-    scale = _absmax(groups, -1)
-    relative = _relative(groups, scale[:, None], 1, absmax.size)
-    codes = jnp.searchsorted(middles(dynamic_code(signed=True)), relative).astype(jnp.uint8)
-    return codes.reshape(codes.size)[: absmax.size].reshape(absmax.shape), scale, offset
+    flat = absmax.reshape(absmax.size)
+    offset = _sum(flat) / max(flat.size, 1)
+    difference = flat - offset
+    scale = _block_absmax(difference, GROUP)
+    bounds = middles(dynamic_code(signed=True))
+    relative = _relative(difference, scale, GROUP)
+    codes = jnp.searchsorted(bounds, relative, method="scan_unrolled").astype(jnp.uint8)
+    return codes.reshape(absmax.shape), scale, offset
 
 
 def _sum(x: jax.Array) -> jax.Array:
     """The sum of a vector in one order, that of a balanced tree, on every device."""
+    x = jnp.pad(x, (0, 2 ** max(x.size - 1, 0).bit_length() - x.size))
     while x.size > 1:
-        half = -(-x.size // 2)
-        x = x[:half] + jnp.pad(x[half:], (0, x.size % 2))
-    return jnp.sum(x)
+        x = x[: x.size // 2] + x[x.size // 2 :]
+    return x[0]
 
 
 # --------------------------------------------------------------------------------------------------
 # From codes
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=_compat.INLINE)
+def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
+    absmax = absmax_of(q)
+    if q.channels is not None:
+        absmax = over_channels(absmax, q.inner, q.channels)
+    values = decode(q.kind, q.codes, absmax, dtype, q.block_size)
+    if not q.is_rowwise:
+        values = values[..., : math.prod(q.inner)]
+    return values.reshape(q.shape)
 
 
 def absmax_of(q: QuantizedArray) -> jax.Array:
@@ -392,7 +463,8 @@ def absmax_of(q: QuantizedArray) -> jax.Array:
 
 
 def _undouble(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-    differences = jnp.asarray(dynamic_code(signed=True))[codes] * scale
+    code = jnp.asarray(dynamic_code(signed=True))
+    differences = code.at[codes].get(mode="promise_in_bounds") * scale
     # Bounds that nothing reaches: without them, XLA would fuse multiply and add, and round once.
     return jnp.clip(differences, -_LARGEST, _LARGEST) + offset
 
@@ -414,9 +486,7 @@ def decode(
       (..., elements), two for each byte in 4 bits.
     """
     values = codes.astype(jnp.float32) if kind == "int8" else lookup(unpack(codes), TABLES[kind])
-    if block_size is not None:
-        absmax = spread(absmax, block_size, values.shape[-1])
-    return _product(kind, values, absmax, dtype)
+    return _product(kind, values, spread(absmax, block_size, values.shape[-1]), dtype)
 
 
 def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.Array:
@@ -449,18 +519,24 @@ def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.A
 
 
 def _product(kind: str, values: jax.Array, absmax: jax.Array, dtype: Any) -> jax.Array:
-    product = values * absmax
-    return (product * np.float32(1 / 127) if kind == "int8" else product).astype(dtype)
+    if kind == "int8":
+        # bitsandbytes' values * absmax / 127, both factors scaled by 2^7: it would overflow.
+        return (values * (absmax * 2.0**-7) * np.float32(128 / 127)).astype(dtype)
+    return (values * absmax).astype(dtype)
 
 
 def unpack(codes: jax.Array) -> jax.Array:
     """(..., bytes) to (..., elements): the high half of each byte, then the low one."""
-    halves = jnp.stack([codes >> 4, codes & 15], axis=-1)
-    return halves.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    # Stacked halves would have a last dim of 2, for which a TPU may keep a padded copy.
+    twice = jnp.repeat(codes, 2, axis=-1)
+    is_low = jax.lax.broadcasted_iota(jnp.uint8, twice.shape, twice.ndim - 1) % 2 == 1
+    return jnp.where(is_low, twice & 15, twice >> 4)
 
 
-def spread(absmax: jax.Array, block_size: int, size: int) -> jax.Array:
-    """(..., blocks) to (..., size): to each element its block's."""
+def spread(absmax: jax.Array, block_size: int | None, size: int) -> jax.Array:
+    """(..., blocks) to (..., size): to each element its block's. No block size: as it is."""
+    if block_size is None:
+        return absmax
     return jnp.repeat(absmax, block_size, axis=-1)[..., :size]
 
 

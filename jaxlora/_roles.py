@@ -12,7 +12,7 @@ from jaxlora import _paths
 from jaxlora._apply import Arguments, Interpreter, as_array, is_array
 from jaxlora._contractions import Contraction, letter_of
 from jaxlora._factored import Node
-from jaxlora._moves import Dims, Move
+from jaxlora._moves import Move
 from jaxlora._quantized import is_quantized
 from jaxlora._weight import is_node
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._errors import TargetError
-from jaxlora._matrix import from_matrix
+from jaxlora._matrix import from_matrix, leading_stacked
 from jaxlora._quantized import is_quantized
+from jaxlora._quantized_array import quantize_array
 from jaxlora._target import (
     Initializer,
     Target,
@@ -157,7 +159,7 @@ def olora(key: jax.Array, w: Any, target: Target) -> tuple[Any, jax.Array, jax.A
     return moved(w, a, b, target)
 
 
-def loftq(quantize: Callable[[jax.Array], Any], iterations: int = 1) -> Initializer:
+def loftq(quantize: str | Callable[[jax.Array], Any] = "nf4", iterations: int = 1) -> Initializer:
     r"""LoftQ: a quantized base, and the adapter that makes up best for what it loses.
 
     From a b = 0, so many times over,
@@ -170,8 +172,10 @@ def loftq(quantize: Callable[[jax.Array], Any], iterations: int = 1) -> Initiali
 
     Args:
       quantize: a function of an array of W's shape and dtype. It gives the base as it will be kept:
-        a quantized one, `lambda w: jaxlora.quantize_array(w, "nf4")`, or an array that stands for
+        a quantized one (`jaxlora.quantize_array` with options), or an array that stands for
         quantized values (its error is measured after rounding to W's dtype, in which it is kept).
+        A str is a kind, "nf4" or "fp4" or "int8": what `jaxlora.quantize(lora, kind=...)` makes,
+        in blocks of 64, with double quantization, each of a stack by itself.
       iterations: how often.
 
     Returns:
@@ -206,9 +210,13 @@ def loftq(quantize: Callable[[jax.Array], Any], iterations: int = 1) -> Initiali
             )
         w = jnp.asarray(w)
         matrix = wide_matrix(w, target)
+        by = quantize
+        if isinstance(quantize, str):
+            stacked = leading_stacked(target.roles)
+            by = functools.partial(quantize_array, kind=quantize, stacked=stacked)
         left = w
         for _ in range(iterations):
-            base, kept = _quantized(quantize, left, w, target)
+            base, kept = _quantized(by, left, w, target)
             a, b = balanced(*truncated_svd(matrix - kept, target.rank, key), target)
             left = from_matrix(matrix - product(a, b, target), w.shape, target.roles)
             left = left.astype(w.dtype)

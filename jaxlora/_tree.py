@@ -370,7 +370,9 @@ def count_params(lora: Any) -> ParamCount:
 
 
 def summary(lora: Any) -> str:
-    """A table of what trains and how: LoRA, DoRA or in full; then the totals, and dropout if any.
+    """A table of what trains and how: LoRA, DoRA or in full.
+
+    Then the totals, and dropout and quantized weights if there are any.
 
     >>> from jaxlora import LoraConfig, init
     >>> params = {"kernel": jnp.ones((30, 40)), "bias": jnp.ones(40)}
@@ -411,6 +413,17 @@ def summary(lora: Any) -> str:
         off = all(x.dropout_key is None for x in dropping)
         lines.append(
             f"dropout {rates}: {'off; with_dropout(lora, key) turns it on' if off else 'on'}"
+        )
+    bases = [x.w if is_node(x) else x for _, x in pairs]
+    quantized = [w for w in bases if is_quantized(w)]
+    if quantized:
+        kinds = sorted({str(getattr(w, "kind", type(w).__name__)) for w in quantized})
+        nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(quantized))
+        each = nbytes / max(1, sum(math.prod(w.shape) for w in quantized))
+        are = "weight is" if len(quantized) == 1 else "weights are"
+        lines.append(
+            f"{len(quantized)} {are} quantized ({', '.join(kinds)}): {nbytes:,} bytes, {each:.3f} "
+            "a parameter"
         )
     return "\n".join(lines)
 

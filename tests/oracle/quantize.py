@@ -8,9 +8,9 @@ bitsandbytes 0.50.2, on a CPU with AVX-512), from the root of the repository:
 `input/NAME`: the arrays; those whose name ends in `bfloat16` in float32, of which they are exact.
 
 `NAME/KIND/BLOCK_SIZE/...`: `codes` and `absmax` of `quantize_4bit`, and, of blocks of 64,
-`dequantized`, in the input's dtype (bfloat16 widened to float32). Inputs are flat where its CPU kernel would go wrong:
-where AVX-512 is used, it takes the wrong absmax for rows of a multiple of 16 that whole blocks do
-not fill.
+`dequantized`, in the input's dtype (bfloat16 widened to float32). Arrays whose rows whole blocks do
+not fill are flat: where AVX-512 is used, bitsandbytes' CPU kernel takes the wrong absmax for rows
+of a multiple of 16 that they do not fill.
 
 `double/NAME/KIND/BLOCK_SIZE/...`: the same with double quantisation: `offset`, `absmax` (codes of
 the absmaxes), `scale` (their scales) and `dequantized`. The 8-bit quantiser is the one that
