@@ -222,12 +222,9 @@ def language(options: argparse.Namespace) -> tuple[dict[str, Base], Callable[...
 
         return run
 
-    def stacked_nf4(w: jax.Array) -> jaxlora.QuantizedArray:
-        return jaxlora.quantize_array(w, "nf4", stacked=1)
-
     return {
         "nf4, double": Base(quantize=NF4),
-        "nf4, double, LoftQ": Base(initializer=jaxlora.initializers.loftq(stacked_nf4)),
+        "nf4, double, LoftQ": Base(initializer=jaxlora.initializers.loftq("nf4")),
         "fp4, double": Base(quantize=FP4),
         "int8": Base(quantize=INT8),
     }, start
