@@ -17,6 +17,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxlora import _compat
 from jaxlora._factored import Node, unmarked
+from jaxlora._recomputed import through
 from jaxlora._rules import behind_barrier, rule
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> Sequen
     else:
         run = jax.checkpoint(
             lambda *args: interpreter.eval(params["jaxpr"], args),
-            policy=params["policy"],
+            policy=through(params["policy"]),
             prevent_cse=params["prevent_cse"],
         )
         outs = run(*inside)

@@ -22,6 +22,7 @@ from jaxlora import _compat
 from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable
 from jaxlora._quantized import dense, stacked_dims
 from jaxlora._quantized_array import QuantizedArray, absmax_of, decode, decode_at
+from jaxlora._recomputed import recomputed
 
 
 class Deferred:
@@ -41,6 +42,11 @@ class Deferred:
     def value(self) -> jax.Array:
         """The array."""
         raise NotImplementedError
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is made of nothing that could have a gradient."""
+        return True
 
     def followed(self, move: Move, shape: tuple[int, ...]) -> Any:
         """What the move, to that shape, makes of it without decoding; None if it needs to."""
@@ -277,13 +283,17 @@ class Decoded(Deferred):
         return rows
 
     def splitting(self, d: int) -> Decoded:
-        if d not in self.inner or isinstance(self.decoder, Rows):
+        if d not in self.inner:
             return self
-        rows = self._by_rows()
+        rows = self if isinstance(self.decoder, Rows) else self._by_rows()
         if rows is None:
             raise Unfactorable(
                 "it cuts a quantized weight whose rows are not made of whole blocks along a dim "
                 "that its blocks run over"
+            )
+        if d in rows.inner and isinstance(rows.decoder, Rows) and rows.decoder.kind != "int8":
+            raise Unfactorable(
+                "it cuts the rows of a weight in 4 bits, whose bytes hold two halves"
             )
         return rows
 
@@ -370,6 +380,13 @@ class Call(Deferred):
 
     def value(self) -> jax.Array:
         return _compat.bind(self.eqn, [value_of(v) for v in self.operands])[self.index]
+
+    @property
+    def is_constant(self) -> bool:
+        return all(
+            v.is_constant if isinstance(v, Deferred) else not isinstance(v, jax.core.Tracer)
+            for v in self.operands
+        )
 
     @property
     def _child(self) -> int | None:
@@ -504,8 +521,20 @@ def _aval(eqn: JaxprEqn, index: int) -> Any:
     return eqn.outvars[index].aval
 
 
-def used(f: Callable[[Any, Any], Any], x: Any, w: Any) -> Any:
-    """f(x, w) of an activation and a weight, which is decoded once more for the backward pass."""
+def used(f: Callable[[Any, Any], Any], x: Any, w: Any, eqn: JaxprEqn | None = None) -> Any:
+    """f(x, w) of an activation and a weight, which is decoded once more for the backward pass.
+
+    Args:
+      f: linear in x.
+      eqn: what f is, for policies of `jax.checkpoint`.
+    """
     if not isinstance(w, Deferred):
         return f(x, w)
-    return jax.checkpoint(lambda x, w: f(x, w.value()))(x, w)
+    if not w.is_constant or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return jax.checkpoint(lambda x, w: f(x, w.value()))(x, w)
+    leaves, treedef = jax.tree.flatten(w)
+
+    def decoded(x: Any, *leaves: Any) -> Any:
+        return f(x, jax.tree.unflatten(treedef, leaves).value())
+
+    return recomputed(decoded, x, leaves, eqn)

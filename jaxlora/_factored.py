@@ -460,7 +460,7 @@ class Factored(Node):
     def contracted(self, x: Any, contraction: Contraction) -> Any:
         on_x, on_y = contraction.sides(self)
         x = grown(x, [(contraction.gain_on_x(self, t, x), x) for t in on_x])
-        y = used(contraction.base, x, self.w)
+        y = used(contraction.base, x, self.w, contraction.eqn)
         with jax.named_scope("lora"):  # for profiles
             shares, bases = [], {}
             for k, t in enumerate(self.terms):

@@ -53,7 +53,7 @@ def quantize(
       exclude: which to leave out, for instance ["lm_head", "classifier"].
       kind: "nf4" (values spaced as the quantiles of a normal distribution), "fp4" (a 4-bit float),
         or "int8" (evenly spaced).
-      block_size: elements that share an absmax, an even number. None, with "int8": one absmax for
+      block_size: elements that share an absmax; an even number in 4 bits. None, with "int8": one absmax for
         each output of the weight.
       double_quant: whether the absmaxes of blocks are quantized too.
       roles: {path: roles} of weights of three and more dimensions that have no adapter, and with
@@ -179,9 +179,10 @@ def _check_kind(kind: Any, block_size: Any) -> None:
             )
         return
     whole = isinstance(block_size, numbers.Integral) and not isinstance(block_size, bool)
-    if not whole or int(block_size) < 2 or int(block_size) % 2:
+    if not whole or int(block_size) < 2 or (kind != "int8" and int(block_size) % 2):
         raise TargetError(
-            f"quantize: got block_size {block_size!r}, expected an even number, for instance 64."
+            f"quantize: got block_size {block_size!r} for {kind!r}, expected a number from 2 up, "
+            "even in 4 bits, for instance 64."
         )
 
 

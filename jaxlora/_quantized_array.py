@@ -41,15 +41,19 @@ class QuantizedArray:
 
     If whole blocks fill a row of W, a row of W is a row of the codes, and W's leading dims are
     theirs: slicing, sharding or gathering rows of codes and absmax is doing it to W's. Otherwise
-    the inner dims are flat, and the last block may be filled up. Either way the bytes are those of
-    bitsandbytes.
+    the inner dims are flat, and the last block may be filled up.
+
+    Either way codes and absmaxes are those of bitsandbytes. Two codes share a byte as they do
+    there, but not the same two: a byte holds one of the first half of a row and one of the second
+    (bitsandbytes: two neighbours). Taking neighbours apart makes a TPU move single lanes: decoding
+    a matrix takes it seven times as long.
 
     Nothing dequantises silently: this is no array for `jnp`. A stacked one may be sliced,
     vmapped or scanned over its leading dims, as a pytree.
 
     Attributes:
-      codes: uint8, two a byte, element 2k in the high half: (stacked..., inner...) with the last
-        dim halved, or (stacked..., ceil(n / 2)). int8: int8, one a byte.
+      codes: uint8, two a byte, of a row the first half in the high bits: (stacked..., inner...)
+        with the last dim halved, or (stacked..., ceil(n / 2)). int8: int8, one a byte.
       absmax: float32, the largest absolute value of each block: (stacked..., inner...) with the
         last dim divided by block_size, or (stacked..., blocks); without a block size (stacked...,
         the inner dims that `channels` names). With double quantisation, uint8 codes of it.
@@ -282,10 +286,11 @@ def _check_kind(kind: Any, block_size: Any, channels: Any) -> None:
             "one of them. By channel: kind='int8', block_size=None, channels=(1,)."
         )
     is_integer = isinstance(block_size, int) and not isinstance(block_size, bool)
-    if not is_integer or block_size < 2 or block_size % 2:
+    if not is_integer or block_size < 2 or (kind != "int8" and block_size % 2):
         raise TargetError(
-            f"quantize_array: got block_size={block_size!r}, expected an even integer from 2 up. "
-            "bitsandbytes knows 32, 64 (the default), 128, 256, 512, 1024, 2048 and 4096."
+            f"quantize_array: got block_size={block_size!r} for {kind!r}, expected an integer from "
+            "2 up, even in 4 bits. bitsandbytes knows 32, 64 (the default), 128, 256, 512, 1024, "
+            "2048 and 4096."
         )
 
 
@@ -366,12 +371,10 @@ def _by_block(w: jax.Array, kind: str, block_size: int) -> tuple[jax.Array, jax.
 
 def _packed(codes: jax.Array, table: np.ndarray) -> jax.Array:
     """(..., elements) to (..., bytes), with a last zero if their number is odd."""
-    size = codes.shape[-1]
-    if size % 2:
+    half = -(-codes.shape[-1] // 2)
+    if codes.shape[-1] % 2:
         codes = jnp.pad(codes, (0, 1), constant_values=np.flatnonzero(table == 0)[0])
-    pairs = codes.reshape(*codes.shape[:-1], -(-size // 2), 2)
-    # A sum: JAX 0.10 takes three times as long with two strided slices.
-    return jnp.sum(pairs * np.array([16, 1], np.uint8), axis=-1, dtype=jnp.uint8)
+    return (codes[..., :half] << 4) | codes[..., half:]
 
 
 def _block_absmax(x: jax.Array, block_size: int) -> jax.Array:
@@ -513,8 +516,10 @@ def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.A
     if q.kind == "int8":
         values = take(q.codes, indices).astype(jnp.float32)
     else:
-        byte = take(q.codes, indices // 2)
-        values = lookup(jnp.where(indices % 2 == 0, byte >> 4, byte & 15), TABLES[q.kind])
+        half = q.codes.shape[-1]
+        row, at = indices // (2 * half), indices % (2 * half)
+        byte = take(q.codes, row * half + at % half)
+        values = lookup(jnp.where(at < half, byte >> 4, byte & 15), TABLES[q.kind])
     return _product(q.kind, values, absmax, q.dtype if dtype is None else dtype)
 
 
@@ -526,11 +531,8 @@ def _product(kind: str, values: jax.Array, absmax: jax.Array, dtype: Any) -> jax
 
 
 def unpack(codes: jax.Array) -> jax.Array:
-    """(..., bytes) to (..., elements): the high half of each byte, then the low one."""
-    # Stacked halves would have a last dim of 2, for which a TPU may keep a padded copy.
-    twice = jnp.repeat(codes, 2, axis=-1)
-    is_low = jax.lax.broadcasted_iota(jnp.uint8, twice.shape, twice.ndim - 1) % 2 == 1
-    return jnp.where(is_low, twice & 15, twice >> 4)
+    """(..., bytes) to (..., elements): the high halves of all bytes, then the low ones."""
+    return jnp.concatenate([codes >> 4, codes & 15], axis=-1)
 
 
 def spread(absmax: jax.Array, block_size: int | None, size: int) -> jax.Array:
@@ -549,9 +551,15 @@ def over_channels(
 
 
 def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """table[codes] of 16 entries, without a gather: each bit of the code halves what is left."""
-    left = [jnp.asarray(entry) for entry in table]
+    """table[codes] of 16 entries, without a gather: each bit of the code halves what is left.
+
+    On the entries' own bits, where a choice between x and y is x ^ ((x ^ y) & mask): no constant is
+    broadcast, which a scan would keep for all of its steps in the size of the weight.
+    """
+    bits = table.view(f"u{table.dtype.itemsize}")
+    codes = codes.astype(bits.dtype)
+    left = list(bits)
     for bit in range(4):
-        is_odd = (codes & (1 << bit)) != 0
-        left = [jnp.where(is_odd, *pair[::-1]) for pair in zip(left[::2], left[1::2], strict=True)]
-    return left[0]
+        mask = -((codes >> bit) & 1)
+        left = [(mask & (x ^ y)) ^ x for x, y in zip(left[::2], left[1::2], strict=True)]
+    return jax.lax.bitcast_convert_type(left[0], table.dtype)

@@ -210,7 +210,7 @@ def loftq(quantize: str | Callable[[jax.Array], Any] = "nf4", iterations: int = 
             )
         w = jnp.asarray(w)
         matrix = wide_matrix(w, target)
-        by = quantize
+        by: Any = quantize
         if isinstance(quantize, str):
             stacked = leading_stacked(target.roles)
             by = functools.partial(quantize_array, kind=quantize, stacked=stacked)

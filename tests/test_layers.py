@@ -34,6 +34,7 @@ ORDER = [
     "_config",
     "_looped",
     "_moves",
+    "_recomputed",
     "_deferred",
     "_dropout",
     "_terms",

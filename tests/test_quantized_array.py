@@ -47,6 +47,18 @@ def given(name: str) -> jax.Array:
     return jnp.asarray(x, jnp.bfloat16 if name.endswith("bfloat16") else x.dtype)
 
 
+def elements(q: QuantizedArray) -> np.ndarray:
+    """The codes of an unstacked array in 4 bits, in order: halves of rows share the bytes."""
+    codes = np.asarray(q.codes)
+    return np.concatenate([codes >> 4, codes & 15], axis=-1).ravel()[: q.size]
+
+
+def by_neighbours(key: str, size: int) -> np.ndarray:
+    """bitsandbytes' codes in order: neighbours share the bytes."""
+    packed = REFERENCES[f"{key}/codes"].ravel()
+    return np.stack([packed >> 4, packed & 15], axis=-1).ravel()[:size]
+
+
 def nearest_in_float64(w: Any, q: QuantizedArray, absmax: np.ndarray) -> None:
     """Each code stands for a value as near to w as any: absmax broadcasts against w."""
     candidates = TABLES[q.kind] * np.float64(absmax)[..., None]
@@ -64,7 +76,7 @@ def test_codes_and_absmax_are_those_of_bitsandbytes(key: str):
     name, kind, block_size = key.split("/")
     w = given(name)
     q = quantize_array(w, kind, block_size=int(block_size), double_quant=False)
-    np.testing.assert_array_equal(np.ravel(q.codes), REFERENCES[f"{key}/codes"])
+    np.testing.assert_array_equal(elements(q), by_neighbours(key, w.size))
     absmax = REFERENCES[f"{key}/absmax"]
     if w.size % int(block_size):  # theirs is 1e-38 for zeros, but only in a block that is not full
         absmax[-1] = absmax[-1] if absmax[-1] > TINY else 0
@@ -78,9 +90,10 @@ def test_codes_and_absmax_are_those_of_bitsandbytes(key: str):
 @pytest.mark.parametrize("key", [k for k in FOUR_BITS if f"double/{k}/offset" in REFERENCES])
 def test_double_quantisation_is_that_of_bitsandbytes(key: str):
     name, kind, block_size = key.split("/")
-    q = quantize_array(given(name), kind, block_size=int(block_size))
+    w = given(name)
+    q = quantize_array(w, kind, block_size=int(block_size))
     read = lambda part: REFERENCES[f"double/{key}/{part}"]
-    np.testing.assert_array_equal(np.ravel(q.codes), REFERENCES[f"{key}/codes"])
+    np.testing.assert_array_equal(elements(q), by_neighbours(key, w.size))
     np.testing.assert_array_equal(q.absmax_offset, read("offset"))
     np.testing.assert_array_equal(np.ravel(q.absmax), read("absmax"))
     np.testing.assert_array_equal(q.absmax_scale, read("scale"))
@@ -369,10 +382,14 @@ W = jnp.zeros((4, 64))
     ("w", "options", "match"),
     [
         (W, {"kind": "nf3"}, r"got kind='nf3', expected one of 'nf4', 'fp4', 'int8'"),
-        (W, {"block_size": 63}, r"got block_size=63, expected an even integer .*knows 32, 64"),
-        (W, {"block_size": 0}, r"got block_size=0, expected an even integer"),
-        (W, {"block_size": 64.0}, r"got block_size=64.0, expected an even integer"),
-        (W, {"block_size": True}, r"got block_size=True, expected an even integer"),
+        (
+            W,
+            {"block_size": 63},
+            r"got block_size=63 for .nf4., expected an integer .*even .*knows 32, 64",
+        ),
+        (W, {"block_size": 0}, r"got block_size=0 for .nf4., expected an integer"),
+        (W, {"block_size": 64.0}, r"got block_size=64.0 for .nf4., expected"),
+        (W, {"block_size": True}, r"got block_size=True for .nf4., expected"),
         (W, {"block_size": None}, r"got block_size=None with kind='nf4'.*for instance block_s"),
         (W, {"kind": "int8", "block_size": None}, r"channels=None, expected .*channels=\(1,\)"),
         (W, {"kind": "int8", "channels": (1,)}, r"and block_size=64, expected one of them"),
