@@ -1,6 +1,7 @@
 """LoRA repairs one digit: MNIST's nine, with 6,794 numbers beside 2,807,010 frozen ones.
 
-    python examples/mnist_digit9.py [--data-dir DIR] [--out DIR] [--seed N] [--quantize nf4] [--short]
+    python examples/mnist_digit9.py [--data-dir DIR] [--out DIR] [--seed N] [--short]
+                                    [--quantize nf4]
 
 You will see, in this order:
 
