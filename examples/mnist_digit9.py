@@ -155,7 +155,8 @@ def train(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[Trai
             logits = state.apply_fn({"params": params}, batch[0])
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-        value, grads = jax.value_and_grad(loss)(state.params)
+        # Codes of a quantized base are integers: allow_int gives them empty gradients.
+        value, grads = jax.value_and_grad(loss, allow_int=True)(state.params)
         return state.apply_gradients(grads=grads), value
 
     return jax.lax.scan(step, state, (images, labels))
