@@ -15,6 +15,7 @@ from jaxlora import (
     _control_flow,  # noqa: F401  (enters its rules)
     _paths,
 )
+from jaxlora._deferred import Deferred
 from jaxlora._dropout import uses
 from jaxlora._errors import MaterializeError, TargetError
 from jaxlora._factored import Factored, Node
@@ -184,13 +185,13 @@ def lora_apply(
         if materialize == "allow":
             return node.materialized()
         names = [*map(_paths.short, node.path.split(", "))]
-        form, where = "form W + BA", f"LoraConfig(..., exclude={names})"
-        if not node.terms:
-            form, where = "dequantize it as a whole", f"jaxlora.quantize(..., exclude={names})"
+        call, form, ways = "LoraConfig", "form W + BA", "leave this weight out of the targets"
+        if isinstance(node.w, Deferred):
+            call, form = "jaxlora.quantize", "dequantize a quantized weight as a whole"
         raise MaterializeError(
             f"{node.path}: {use} would have to {form}, of shape {node.shape}. Either allow that "
-            'with jaxlora.lora_apply(fn, materialize="allow"), or leave this weight out of the '
-            f"targets: {where}."
+            f'with jaxlora.lora_apply(fn, materialize="allow"), or {ways}: {call}(..., '
+            f"exclude={names})."
         )
 
     def run(arguments: Arguments, dynamic: list[Any]) -> Any:

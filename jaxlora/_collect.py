@@ -21,9 +21,9 @@ from jax import lax
 from jaxlora import _paths
 from jaxlora._apply import Arguments, Interpreter, as_array, as_value
 from jaxlora._contractions import Contraction
-from jaxlora._deferred import used, value_of
+from jaxlora._deferred import value_of
 from jaxlora._errors import MaterializeError, TargetError
-from jaxlora._factored import Factored, Node, frozen
+from jaxlora._factored import Factored, Node, frozen, met
 from jaxlora._matrix import split_shape
 from jaxlora._moments import Moments
 from jaxlora._moves import RANK, Labelled, Unfactorable, contract
@@ -187,7 +187,7 @@ class _Gauge(Factored):
         return value_of(self.w)
 
     def contracted(self, x: Any, contraction: Contraction) -> Any:
-        y = used(contraction.base, x, self.w)
+        y = met(contraction, x, self.w)
         for t in self.terms:
             # A tied head contracts what the roles call outputs: no inputs are met.
             inputs = {d for d in t.a.dims if d != RANK and t.size(d) != 1}

@@ -54,6 +54,15 @@ class Contraction:
         """The equation itself, of an activation and a plain weight."""
         return _compat.bind(self.eqn, [x, w])[0]
 
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The arrays that it has besides the two."""
+        return ()
+
+    def given(self, *arrays: Any) -> Contraction:
+        """The same with these in their place."""
+        return self
+
     def base_of(self, t: Term, y: Any, x: Any, w: Any) -> Any:
         """The equation with what a term's window leaves of the plain weight; of y's shape."""
         return self.base(x, w)

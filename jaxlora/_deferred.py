@@ -14,14 +14,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
 from jaxlora import _compat
 from jaxlora._moves import RANK, Dims, Labelled, Move, Unfactorable
 from jaxlora._quantized import dense, stacked_dims
-from jaxlora._quantized_array import QuantizedArray, absmax_of, decode, decode_at
+from jaxlora._quantized_array import (
+    QuantizedArray,
+    absmax_of,
+    decode,
+    decode_at,
+    others,
+    places,
+)
 from jaxlora._recomputed import recomputed
 
 
@@ -52,7 +58,7 @@ class Deferred:
         """What the move, to that shape, makes of it without decoding; None if it needs to."""
         return None
 
-    def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Any:
+    def picked(self, eqn: JaxprEqn, operands: Sequence[Any], index: int = 0) -> Any:
         """The elements that an equation picks, decoded one by one; None if that is no less work."""
         return None
 
@@ -69,7 +75,7 @@ class Deferred:
         raise Unfactorable(f"it cuts a quantized weight {self._history()}")
 
     def split_dims(self) -> list[Dims]:
-        """The same as `leaf_dims`, but for axes that are packed: these are of the dim, in blocks."""
+        """The same, but that axes of blocks, which are packed, count as those of their dim."""
         return self.leaf_dims()
 
     def splitting(self, d: int) -> Any:
@@ -109,15 +115,28 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Decodes rows: codes (..., codes of a row) and absmax (..., blocks of a row)."""
+    """Decodes rows, all of whose other dims label the parts.
+
+    The codes of a row are on the codes' axis RANK, its absmaxes on that of the absmaxes.
+
+    Attributes:
+      sizes: those of the dims that a row is made of, in order.
+    """
 
     kind: str
     dtype: Any
     block_size: int
+    sizes: tuple[int, ...]
 
     def __call__(self, parts: Sequence[Labelled]) -> jax.Array:
         codes, absmax = parts
-        return decode(self.kind, codes.array, absmax.array, self.dtype, self.block_size)
+        order = [absmax.dims.index(d) for d in codes.dims]
+        axis = codes.dims.index(RANK)
+        blocks = lax.transpose(absmax.array, order)
+        rows = decode(self.kind, codes.array, blocks, self.dtype, self.block_size, axis)
+        rows = jnp.moveaxis(rows, axis, -1)
+        n = rows.shape[-1] // math.prod(self.sizes[1:])  # of a device's part of the first dim
+        return rows.reshape(*rows.shape[:-1], n, *self.sizes[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,15 +247,15 @@ class Decoded(Deferred):
             return dataclasses.replace(moved, inner=inner, shape=shape)
         return None
 
-    def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Decoded | None:
-        shape = tuple(_aval(eqn, 0).shape)
+    def picked(self, eqn: JaxprEqn, operands: Sequence[Any], index: int = 0) -> Decoded | None:
+        shape = tuple(_aval(eqn, index).shape)
         if not isinstance(self.decoder, Whole) or self._labels or math.prod(shape) >= self.size:
             return None
         q = self._weight()
         if not isinstance(q, QuantizedArray) or q.block_size is None:
             return None
-        at = self._placed(lax.iota(np.int32, q.size).reshape(q.shape), self.inner)
-        (at,) = _compat.bind(eqn, [at, *operands], **_without_fill(eqn))
+        at = self._placed(places(q), self.inner)
+        at = _compat.bind(eqn, [at, *operands], **_without_fill(eqn))[index]
         parts = (Labelled(at, tuple(range(at.ndim))), *self.parts)
         decoder = Elements(self.decoder.treedef)
         return dataclasses.replace(self, parts=parts, inner=(), decoder=decoder, shape=shape)
@@ -260,12 +279,14 @@ class Decoded(Deferred):
             return dataclasses.replace(self, parts=parts, inner=(), decoder=Channels(q.dtype))
         if not q.is_rowwise:
             return None
-        rows, last = self.inner[:-1], self.inner[-1:]
-        dims = (*stack, *rows, RANK)
-        parts = (Labelled(q.codes, dims), Labelled(absmax, dims))
+        along = (len(q.inner) - 1,) if q.along is None else q.along
+        rows = tuple(self.inner[i] for i in others(q.inner, along))
+        codes = (*stack, *rows, RANK) if q.along is None else (*stack, RANK, *rows)
+        parts = (Labelled(q.codes, codes), Labelled(absmax, (*stack, *rows, RANK)))
         assert q.block_size is not None
-        decoder = Rows(q.kind, q.dtype, q.block_size)
-        return dataclasses.replace(self, parts=parts, inner=last, decoder=decoder)
+        decoder = Rows(q.kind, q.dtype, q.block_size, tuple(q.inner[i] for i in along))
+        inner = tuple(self.inner[i] for i in along)
+        return dataclasses.replace(self, parts=parts, inner=inner, decoder=decoder)
 
     def leaf_dims(self) -> list[Dims]:
         return [p.dims for p in self.parts]
@@ -273,8 +294,8 @@ class Decoded(Deferred):
     def split_dims(self) -> list[Dims]:
         if not isinstance(self.decoder, Rows):
             return self.leaf_dims()
-        (last,) = self.inner
-        return [tuple(last if d == RANK else d for d in p.dims) for p in self.parts]
+        first = self.inner[0]  # of those that a row is made of: whole blocks of it, if any
+        return [tuple(first if d == RANK else d for d in p.dims) for p in self.parts]
 
     def spanning(self, d: int) -> Decoded:
         rows = self.splitting(d)
@@ -291,10 +312,13 @@ class Decoded(Deferred):
                 "it cuts a quantized weight whose rows are not made of whole blocks along a dim "
                 "that its blocks run over"
             )
-        if d in rows.inner and isinstance(rows.decoder, Rows) and rows.decoder.kind != "int8":
-            raise Unfactorable(
-                "it cuts the rows of a weight in 4 bits, whose bytes hold two halves"
-            )
+        if d in rows.inner and isinstance(rows.decoder, Rows):
+            if rows.decoder.kind != "int8":
+                raise Unfactorable(
+                    "it cuts the rows of a weight in 4 bits, whose bytes hold two halves"
+                )
+            if d != rows.inner[0]:
+                raise Unfactorable("it cuts a quantized weight along a dim within its blocks")
         return rows
 
     def _history(self) -> str:
@@ -323,7 +347,9 @@ class Decoded(Deferred):
             if d != RANK:
                 shape[d] = n
         if isinstance(self.decoder, Rows):
-            shape[self.inner[0]] = self.parts[1].array.shape[-1] * self.decoder.block_size
+            blocks = self.parts[1].array.shape[self.parts[1].dims.index(RANK)]
+            elements = blocks * self.decoder.block_size
+            shape[self.inner[0]] = elements // math.prod(self.decoder.sizes[1:])
         return dataclasses.replace(self, shape=tuple(shape))
 
     @classmethod
@@ -410,8 +436,8 @@ class Call(Deferred):
     def followed(self, move: Move, shape: tuple[int, ...]) -> Call | None:
         return self._on_child(lambda v: v.followed(move, shape))
 
-    def picked(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Call | None:
-        return self._on_child(lambda v: v.picked(eqn, operands))
+    def picked(self, eqn: JaxprEqn, operands: Sequence[Any], index: int = 0) -> Call | None:
+        return self._on_child(lambda v: v.picked(eqn, operands, index))
 
     def leaf_dims(self) -> list[Dims]:
         if self._child is None:
@@ -511,7 +537,7 @@ def moved(eqn: JaxprEqn, w: Any, operands: Sequence[Any], move: Move, index: int
         shape = tuple(_aval(eqn, index).shape)
         found = w.followed(move, shape)
         if found is None and shape != w.shape:
-            found = w.picked(eqn, operands)
+            found = w.picked(eqn, operands, index)
         if found is not None:
             return found if move.valid is None else Filled.of(found, move.valid, eqn)
     return bound(eqn, [w, *operands], index)
@@ -521,20 +547,24 @@ def _aval(eqn: JaxprEqn, index: int) -> Any:
     return eqn.outvars[index].aval
 
 
-def used(f: Callable[[Any, Any], Any], x: Any, w: Any, eqn: JaxprEqn | None = None) -> Any:
-    """f(x, w) of an activation and a weight, which is decoded once more for the backward pass.
+def used(
+    f: Callable[..., Any], x: Any, w: Any, arrays: Sequence[Any] = (), of: JaxprEqn | None = None
+) -> Any:
+    """f(x, w, *arrays) of an activation and a weight, which is decoded again in the backward pass.
 
     Args:
-      f: linear in x.
-      eqn: what f is, for policies of `jax.checkpoint`.
+      f: linear in x; closes over no arrays.
+      arrays: what has no gradient.
+      of: the equation that f is, for policies of `jax.checkpoint`.
     """
     if not isinstance(w, Deferred):
-        return f(x, w)
+        return f(x, w, *arrays)
     if not w.is_constant or not jnp.issubdtype(x.dtype, jnp.inexact):
-        return jax.checkpoint(lambda x, w: f(x, w.value()))(x, w)
-    leaves, treedef = jax.tree.flatten(w)
+        return jax.checkpoint(lambda x, w, *arrays: f(x, w.value(), *arrays))(x, w, *arrays)
+    leaves, treedef = jax.tree.flatten((w, *arrays))
 
     def decoded(x: Any, *leaves: Any) -> Any:
-        return f(x, jax.tree.unflatten(treedef, leaves).value())
+        w, *arrays = jax.tree.unflatten(treedef, leaves)
+        return f(x, w.value(), *arrays)
 
-    return recomputed(decoded, x, leaves, eqn)
+    return recomputed(decoded, x, leaves, of)

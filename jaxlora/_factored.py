@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -41,8 +40,8 @@ class Static(str):
 class Node:
     """A value of the interpreter that stands for a weight: a `Factored`, or a `Probe`.
 
-    `w` is an array of the weight's present shape, or will be (`Deferred`); `origin` says which input of the enclosing
-    function this node is, unchanged, if it is one.
+    `w` is an array of the weight's present shape, or will be (`Deferred`); `origin` says which
+    input of the enclosing function this node is, unchanged, if it is one.
     """
 
     w: Any
@@ -460,7 +459,7 @@ class Factored(Node):
     def contracted(self, x: Any, contraction: Contraction) -> Any:
         on_x, on_y = contraction.sides(self)
         x = grown(x, [(contraction.gain_on_x(self, t, x), x) for t in on_x])
-        y = used(contraction.base, x, self.w, contraction.eqn)
+        y = met(contraction, x, self.w)
         with jax.named_scope("lora"):  # for profiles
             shares, bases = [], {}
             for k, t in enumerate(self.terms):
@@ -471,13 +470,22 @@ class Factored(Node):
                     kept = drop.kept(x)
                     seen = drop.grown(contraction.operand(self, kept, y))
                     if t in on_y:  # DoRA sees what is dropped too
-                        part = functools.partial(contraction.base_of, t, y)
-                        bases[t] = drop.grown(used(part, kept, self.w))
+                        bases[t] = drop.grown(met(contraction, kept, self.w, t, y))
                 shares.append(contraction.share(self, t, seen, y))
             total = _added(y, shares)
             seen = [_added(bases[t], shares) if t in bases else total for t in on_y]
             gains = [contraction.gain_on_y(self, t, y) for t in on_y]
             return grown(total, list(zip(gains, seen, strict=True)))
+
+
+def met(contraction: Contraction, x: Any, w: Any, t: Any = None, y: Any = None) -> Any:
+    """A contraction of the base; of a term's window of it, if one is given, in the shape of y."""
+
+    def base(x: Any, w: Any, *arrays: Any) -> Any:
+        here = contraction.given(*arrays)
+        return here.base(x, w) if t is None else here.base_of(t, y, x, w)
+
+    return used(base, x, w, contraction.arrays, contraction.eqn if t is None else None)
 
 
 def frozen(w: Any) -> Any:

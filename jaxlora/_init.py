@@ -112,7 +112,7 @@ def init(
             rank=config.rank_of(path),
             scale=config.scale(path),
             dtype=config.dtype,
-            lookup=_is_looked_up(path, roles),
+            lookup=is_looked_up(path, roles),
         )
         w, a, b = config.initializer(_paths.key_of(key, path), leaf, target)
         stacked, _, _ = split_shape(w.shape, target.roles)
@@ -130,7 +130,7 @@ def init(
     return jax.tree.unflatten(treedef, [place(path, leaf) for path, leaf in pairs])
 
 
-def _is_looked_up(path: str, roles: Mapping[str, str] | None) -> bool:
+def is_looked_up(path: str, roles: Mapping[str, str] | None) -> bool:
     """Whether the model looks rows of a weight up; untraced, whether it has an embedding's name."""
     if isinstance(roles, TracedRoles):
         return any(use.kind == LOOKUP for use in _paths.lookup(roles.uses, path) or ())

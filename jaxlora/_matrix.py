@@ -37,6 +37,16 @@ def leading_stacked(roles: str) -> int:
     return len(roles) - len(roles.lstrip("s"))
 
 
+def dims_of(letter: str, roles: str) -> tuple[int, ...]:
+    """The dims of a role, counted after the leading stacked ones.
+
+    >>> dims_of("i", "siio")
+    (0, 1)
+    """
+    k = leading_stacked(roles)
+    return tuple(d - k for d, role in enumerate(roles) if role == letter and d >= k)
+
+
 def _order(roles: str) -> list[int]:
     """The dims of a weight, stacked ones first, then inputs, then outputs."""
     return sorted(range(len(roles)), key=lambda d: ROLE_LETTERS.index(roles[d]))

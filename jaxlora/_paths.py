@@ -23,9 +23,10 @@ def flatten_with_paths(
 ) -> tuple[list[tuple[str, Any]], Any]:
     """Flattens a tree into [(path, leaf)] and its treedef.
 
-    A path is the leaf's keys joined by '/'. A quantized weight is one leaf. The key between a box and what it holds is left out,
+    A path is the leaf's keys joined by '/'. The key between a box and what it holds is left out,
     so that `nnx.Param` and Linen's `Partitioned` do not show in paths. Boxes are recognised by
-    their type: a dict key or a field that happens to be called `value` stays.
+    their type: a dict key or a field that happens to be called `value` stays. A quantized weight
+    is one leaf.
 
     Args:
       tree: any pytree.

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxlora import _paths
 from jaxlora._errors import RolesError, TargetError
-from jaxlora._init import check_shared, find_targets, is_below, select
-from jaxlora._matrix import leading_stacked
+from jaxlora._init import check_shared, find_targets, is_below, is_looked_up, select
+from jaxlora._matrix import dims_of, leading_stacked
 from jaxlora._quantized import as_before, dense, is_quantized
 from jaxlora._quantized_array import KINDS, QuantizedArray, quantize_array
 from jaxlora._roles import TracedRoles
@@ -38,7 +38,11 @@ def quantize(
     Each block of `block_size` consecutive elements of a weight is divided by its absmax, and each
     quotient is kept as the code of the nearest of 16 values (256 in int8). With double
     quantization the absmaxes are kept in 8 bits as well. With nf4, block_size 64 and double
-    quantization that is 0.5 + 1/64 + 4/(64 * 256) = 0.516 bytes a parameter.
+    quantization that is 0.516 bytes a parameter, 0.5 + 1/64 + 4/(64 * 256).
+
+    Blocks run along a weight's inputs, as its roles have them, which is what bitsandbytes does to
+    the same layer of PyTorch, whose weight is (out, in). Those of an embedding that is looked up
+    run along its rows, also as there; those of a weight without roles along its last dim.
 
     `lora_apply(fn)` takes the result where `fn` takes params: a use of a weight decodes it, and the
     backward pass decodes it again, so that the decoded weights are never there as a whole. Weights
@@ -53,14 +57,15 @@ def quantize(
       exclude: which to leave out, for instance ["lm_head", "classifier"].
       kind: "nf4" (values spaced as the quantiles of a normal distribution), "fp4" (a 4-bit float),
         or "int8" (evenly spaced).
-      block_size: elements that share an absmax; an even number in 4 bits. None, with "int8": one absmax for
-        each output of the weight.
+      block_size: elements that share an absmax; an even number in 4 bits. None, with "int8": one
+        absmax for each output of the weight.
       double_quant: whether the absmaxes of blocks are quantized too.
       roles: {path: roles} of weights of three and more dimensions that have no adapter, and with
         `block_size=None` of all but Flax's two-dimensional `kernel`s and `embedding`s; best
         `jaxlora.trace_roles(fn, params, *args)`.
       donate: delete each float weight once it is quantized, so that there is never a second copy
-        of the model. The tree that was given cannot be used after that.
+        of the model. The tree that was given cannot be used after that. An array that is also
+        elsewhere in the tree, where it stays a float, is kept.
 
     Returns:
       The tree with a `QuantizedArray` in place of each weight that was found.
@@ -70,7 +75,7 @@ def quantize(
         floating-point, is trained in full, or is a vector; NaN or infinity in a weight (under
         `jit`, where values cannot be seen, they give NaN); an unknown kind or a block size that
         does not fit it.
-      RolesError: a weight of three and more dimensions without roles.
+      RolesError: a weight without roles that needs them (see `roles`).
 
     >>> params = {"kernel": jnp.ones((64, 128)), "head": jnp.ones((128, 10))}
     >>> quantize(params, ["kernel"])["kernel"]
@@ -81,6 +86,7 @@ def quantize(
       Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 2.
     """
     _check_kind(kind, block_size)
+    block_size = None if block_size is None else int(block_size)
     pairs, treedef = _paths.flatten_with_paths(tree, is_leaf=is_node)
     leaves = {path: leaf for path, leaf in pairs if hasattr(leaf, "shape")}
     adapted = [path for path, leaf in leaves.items() if isinstance(leaf, LoraWeight)]
@@ -104,6 +110,9 @@ def quantize(
     for path in chosen:
         _check(path, leaves[path])
 
+    # What stays a float elsewhere in the tree (a tied weight, a FullWeight's w) is not donated.
+    rest = [leaf for path, leaf in pairs if path not in chosen]
+    staying = {id(x) for x in jax.tree.leaves(rest)}
     done: dict[int, QuantizedArray] = {}  # one array in two places is quantized once
     floats: dict[int, Any] = {}
 
@@ -112,10 +121,16 @@ def quantize(
             return leaf
         w = leaf.w if isinstance(leaf, LoraWeight) else leaf
         if id(w) not in done:
-            of = leaf.roles if isinstance(leaf, LoraWeight) else _roles_of(path, w, roles)
-            done[id(w)] = _quantized(path, w, of, kind, block_size, double_quant)
+            of = (
+                leaf.roles
+                if isinstance(leaf, LoraWeight)
+                else _roles_of(path, w, roles, block_size is None)
+            )
+            lookup = is_looked_up(path, roles)
+            done[id(w)] = _quantized(path, w, of, lookup, kind, block_size, double_quant)
             floats[id(w)] = w  # kept, so that no other array gets its id
-            if donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
+            donated = donate and isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer)
+            if donated and id(w) not in staying:
                 jax.block_until_ready(done[id(w)])
                 w.delete()
         q = done[id(w)]
@@ -127,7 +142,13 @@ def quantize(
 
 
 def _quantized(
-    path: str, w: Any, roles: str | None, kind: str, block_size: int | None, double_quant: bool
+    path: str,
+    w: Any,
+    roles: str | None,
+    lookup: bool,
+    kind: str,
+    block_size: int | None,
+    double_quant: bool,
 ) -> QuantizedArray:
     w = jnp.asarray(w)
     if known(lambda w: jnp.all(jnp.isfinite(w)), w) == 0:
@@ -135,36 +156,39 @@ def _quantized(
             f"{path}: got NaN or infinity in a weight, expected finite numbers: one of them would "
             "spoil all of its block. Where do the params come from?"
         )
-    stacked = 0
-    channels = None
-    if roles is not None:
-        stacked = leading_stacked(roles)
-        channels = tuple(d - stacked for d, role in enumerate(roles) if role == "o")
+    # Each of a stack has its own absmax, also if the stacked dims are not the first.
+    channels = None if roles is None else sorted(dims_of("o", roles) + dims_of("s", roles))
     return quantize_array(
         w,
         kind,
         block_size=block_size,
-        double_quant=double_quant and block_size is not None,
-        stacked=stacked,
+        double_quant=double_quant,
+        stacked=0 if roles is None else leading_stacked(roles),
         channels=channels if block_size is None else None,
+        along=None if roles is None or lookup else dims_of("i", roles),
     )
 
 
-def _roles_of(path: str, w: Any, given: Mapping[str, str] | None) -> str | None:
+def _roles_of(path: str, w: Any, given: Mapping[str, str] | None, by_output: bool) -> str | None:
     """The roles of a weight without adapter, for which dims are stacked; None: no dim is."""
     found = _paths.lookup(given or {}, path)
     if found is not None:
         check_roles(found, w.shape, path)
         return found
-    if len(w.shape) == 2:
-        return "io" if _paths.leaf_name(path) in ("kernel", "embedding") else None
+    if len(w.shape) == 2 and _paths.leaf_name(path) in ("kernel", "embedding"):
+        return "io"
+    if len(w.shape) == 2 and not by_output:
+        return None
     traced = isinstance(given, TracedRoles)
     why = "the traced function shows none that serve all of its uses" if traced else "got none"
+    reason, example = "each element of a stack (layers, experts) is quantized by itself", "sio"
+    if len(w.shape) == 2:
+        reason, example = "block_size=None is one absmax for each output", "io"
     raise RolesError(
-        f"{path}: {why}, expected roles for a weight of shape {tuple(w.shape)}, since each element "
-        "of a stack (layers, experts) is quantized by itself. Read them from the model, "
+        f"{path}: {why}, expected roles for a weight of shape {tuple(w.shape)}, since "
+        f"{reason}. Read them from the model, "
         "jaxlora.quantize(..., roles=jaxlora.trace_roles(fn, params, *args)), or say "
-        f"roles={{{_paths.short(path)!r}: 'sio'}}; or leave it out: exclude=[...]."
+        f"roles={{{_paths.short(path)!r}: {example!r}}}; or leave it out: exclude=[...]."
     )
 
 
@@ -212,19 +236,15 @@ def _check(path: str, leaf: Any) -> None:
 
 
 def dequantize(tree: Any) -> Any:
-    """The same tree with floats in place of quantized weights; adapters stay.
+    """The same tree, or half of one, with floats in place of quantized weights; adapters stay.
 
     >>> params = quantize({"kernel": jnp.ones((64, 128))}, ["kernel"])
     >>> dequantize(params)["kernel"].dtype
     dtype('float32')
     """
-
-    def floats(path: str, leaf: Any) -> Any:
-        if is_node(leaf):
-            return dataclasses.replace(leaf, w=dense(leaf.w)) if is_quantized(leaf.w) else leaf
-        return dense(leaf) if is_quantized(leaf) else leaf
-
-    return map_nodes(floats, tree)
+    return jax.tree.map(
+        lambda leaf: dense(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized
+    )
 
 
 def merge_quantized(lora: Any) -> tuple[Any, dict[str, float]]:

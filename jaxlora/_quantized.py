@@ -76,4 +76,5 @@ def as_before(w: jax.Array, like: Any, path: str) -> Any:
         double_quant=like.absmax_scale is not None,
         stacked=like.stacked,
         channels=like.channels,
+        along=like.along,
     )

@@ -65,6 +65,8 @@ class QuantizedArray:
       dtype: of W, and of what `dequantize` gives.
       block_size: elements that share an absmax; None: those of a channel do (int8 only).
       channels: the inner dims that have an absmax for each index, where there is no block size.
+      along: the inner dims that blocks run along, one after the other; None: all, the last dim
+        first. With (0,), a Dense kernel (in, out) has the codes of PyTorch's (out, in).
 
     References:
       Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3.
@@ -79,6 +81,7 @@ class QuantizedArray:
     dtype: Any
     block_size: int | None
     channels: tuple[int, ...] | None = None
+    along: tuple[int, ...] | None = None
 
     def __post_init__(self):
         self.check()
@@ -87,7 +90,7 @@ class QuantizedArray:
         """Raises if the parts do not fit each other; `path` is named in the message."""
         _check_kind(self.kind, self.block_size, self.channels)
         outer = tuple(self.codes.shape[: self.stacked])
-        codes, absmax = _shapes(self.inner, self.kind, self.block_size, self.channels)
+        codes, absmax = _shapes(self.inner, self.kind, self.block_size, self.channels, self.along)
         groups = None if self.absmax_scale is None else (*outer, -(-math.prod(absmax) // GROUP))
         for name, expected in (
             ("codes", (*outer, *codes)),
@@ -107,12 +110,13 @@ class QuantizedArray:
     @property
     def is_rowwise(self) -> bool:
         """Whether the codes have W's dims; else the inner ones are flat."""
-        return is_rowwise(self.inner, self.block_size)
+        return is_rowwise(turned(self.inner, self.along), self.block_size)
 
     @property
     def stacked(self) -> int:
         """The number of leading stacked dims."""
-        return len(self.codes.shape) - (len(self.inner) if self.is_rowwise else 1)
+        rows = turned(self.inner, self.along) if self.is_rowwise else (1,)
+        return len(self.codes.shape) - len(rows)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,7 +137,8 @@ class QuantizedArray:
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array: code times absmax in float32, rounded once to `dtype` (default: its own)."""
-        spec = P(*_compat.explicit_spec(self.codes)) if self.is_rowwise else P()
+        plain = self.is_rowwise and self.along is None
+        spec = P(*_compat.explicit_spec(self.codes)) if plain else P()
         dequantize = _in_any_layout(_dequantize, self.codes, spec)
         return dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
 
@@ -145,38 +150,57 @@ class QuantizedArray:
         return f"QuantizedArray({self.kind}, {dims} {jnp.dtype(self.dtype).name}, {blocks}{double})"
 
 
-_STATIC = ("kind", "inner", "dtype", "block_size", "channels")
+_STATIC = ("kind", "inner", "dtype", "block_size", "channels", "along")
 register(QuantizedArray, ("codes", "absmax", "absmax_scale", "absmax_offset"), _STATIC)
 
 
 def _to_json(aux: tuple) -> list:
-    kind, inner, dtype, block_size, channels = aux
-    return [kind, inner, jnp.dtype(dtype).name, block_size, channels]
+    kind, inner, dtype, block_size, channels, along = aux
+    return [kind, inner, jnp.dtype(dtype).name, block_size, channels, along]
 
 
 def _from_json(found: list) -> tuple:
-    kind, inner, dtype, block_size, channels = found
-    channels = None if channels is None else tuple(channels)
-    return kind, tuple(inner), jnp.dtype(dtype), block_size, channels
+    kind, inner, dtype, block_size, *dims = found
+    channels, along = (None if x is None else tuple(x) for x in dims)
+    return kind, tuple(inner), jnp.dtype(dtype), block_size, channels, along
 
 
 register_export(QuantizedArray, _to_json, _from_json)
 
 
-def is_rowwise(inner: tuple[int, ...], block_size: int | None) -> bool:
+def others(inner: tuple[int, ...], along: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The dims that blocks do not run along."""
+    return tuple(i for i in range(len(inner)) if i not in (along or ()))
+
+
+def turned(inner: tuple[int, ...], along: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape with rows of what blocks run along: (others..., product of those along)."""
+    if along is None:
+        return inner
+    rows = (inner[i] for i in others(inner, along))
+    return (*rows, math.prod(inner[i] for i in along))
+
+
+def is_rowwise(rows: tuple[int, ...], block_size: int | None) -> bool:
     """Whether whole blocks fill a row, so that codes keep the dims of the array."""
-    return block_size is None or (len(inner) > 0 and inner[-1] % block_size == 0)
+    return block_size is None or (len(rows) > 0 and rows[-1] % block_size == 0)
 
 
 def _shapes(
-    inner: tuple[int, ...], kind: str, block_size: int | None, channels: tuple[int, ...] | None
+    inner: tuple[int, ...],
+    kind: str,
+    block_size: int | None,
+    channels: tuple[int, ...] | None,
+    along: tuple[int, ...] | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the codes and of the absmaxes, without stacked dims."""
     if block_size is None:
         return inner, tuple(inner[i] for i in channels or ())
-    rows = inner if is_rowwise(inner, block_size) else (math.prod(inner),)
-    each = 1 if kind == "int8" else 2
-    return (*rows[:-1], -(-rows[-1] // each)), (*rows[:-1], -(-rows[-1] // block_size))
+    rows, whole = turned(inner, along), is_rowwise(turned(inner, along), block_size)
+    rows = rows if whole else (math.prod(inner),)
+    last = -(-rows[-1] // (1 if kind == "int8" else 2))
+    codes = (last, *rows[:-1]) if whole and along is not None else (*rows[:-1], last)
+    return codes, (*rows[:-1], -(-rows[-1] // block_size))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,6 +215,7 @@ def quantize_array(
     double_quant: bool = True,
     stacked: int = 0,
     channels: Sequence[int] | None = None,
+    along: Sequence[int] | None = None,
 ) -> QuantizedArray:
     r"""An array in 4 or 8 bits, as bitsandbytes stores it.
 
@@ -214,6 +239,10 @@ def quantize_array(
       stacked: how many leading dims count layers or experts, each of which is quantised alone.
       channels: without a block size, the dims (counted after the stacked ones) that have an absmax
         for each index: of a Dense kernel (in, out), (1,).
+      along: the dims (counted likewise) that blocks run along, the last one fastest; then the
+        others. Of a Dense kernel (0,), its inputs: what bitsandbytes does to the same layer of
+        PyTorch, whose weight is (out, in). None: as bitsandbytes does to this array, along its last
+        dim and then the others. On a TPU, matmuls with the first kind decode much faster.
 
     Returns:
       A `QuantizedArray`.
@@ -237,9 +266,14 @@ def quantize_array(
             f"expected an integer from 0 to {w.ndim}: how many leading dims count layers."
         )
     inner = tuple(w.shape[stacked:])
-    named = None if channels is None else _dims(channels, inner)
-    encode = _in_any_layout(_encode, w, _specs(w, block_size, double_quant, stacked, named))
-    codes, absmax, scale, offset = encode(w, kind, block_size, double_quant, stacked, named)
+    named = None if channels is None else _dims(channels, inner, "channels")
+    if along is not None and block_size is not None:
+        along = None if not inner else _dims(along, inner, "along")
+    else:
+        along = None
+    options = (block_size, double_quant, stacked, named, along)
+    encode = _in_any_layout(_encode, w, _specs(w, *options))
+    codes, absmax, scale, offset = encode(w, kind, *options)
     return QuantizedArray(
         codes=codes,
         absmax=absmax,
@@ -250,6 +284,7 @@ def quantize_array(
         dtype=jnp.dtype(w.dtype),
         block_size=block_size,
         channels=named,
+        along=along,
     )
 
 
@@ -294,15 +329,18 @@ def _check_kind(kind: Any, block_size: Any, channels: Any) -> None:
         )
 
 
-def _dims(channels: Sequence[int], inner: tuple[int, ...]) -> tuple[int, ...]:
+def _dims(dims: Sequence[int], inner: tuple[int, ...], name: str) -> tuple[int, ...]:
     """Ascending, from 0."""
-    if all(isinstance(i, int) and -len(inner) <= i < len(inner) for i in channels):
-        found = sorted(i % len(inner) for i in channels)
-        if len(set(found)) == len(found):
+    if all(isinstance(i, int) and -len(inner) <= i < len(inner) for i in dims):
+        found = sorted(i % len(inner) for i in dims)
+        if len(set(found)) == len(found) and (found or name == "channels"):
             return tuple(found)
+    example = "One absmax for each column of a matrix: channels=(1,)"
+    if name == "along":
+        example = "Blocks along the inputs of a Dense kernel (in, out): along=(0,)"
     raise TargetError(
-        f"quantize_array: got channels={channels!r}, expected distinct dims of {inner}, the shape "
-        "without its stacked dims. One absmax for each column of a matrix: channels=(1,)."
+        f"quantize_array: got {name}={dims!r}, expected distinct dims of {inner}, the shape "
+        f"without its stacked dims. {example}."
     )
 
 
@@ -318,19 +356,23 @@ def _in_any_layout(fn: Callable[..., Any], x: Any, specs: Any) -> Callable[..., 
 
 
 def _specs(
-    w: Any, block_size: int | None, double_quant: bool, stacked: int, channels: Any
+    w: Any, block_size: int | None, double_quant: bool, stacked: int, channels: Any, along: Any
 ) -> tuple[Any, ...]:
     """Of the four leaves: codes as w, absmaxes too but for its last dim, the small ones whole."""
     spec = (None,) * w.ndim if isinstance(w, np.ndarray) else _compat.explicit_spec(w)
     if block_size is None:
         return P(*spec), P(*spec[:stacked], *(spec[stacked + i] for i in channels)), None, None
     small = (P(), P()) if double_quant else (None, None)
-    if is_rowwise(w.shape[stacked:], block_size):
+    inner = w.shape[stacked:]
+    if is_rowwise(turned(inner, along), block_size):
+        if along is not None:
+            left = [spec[stacked + i] for i in others(inner, along)]
+            return P(*spec[:stacked], None, *left), P(*spec[:stacked], *left), *small
         return P(*spec), P(*spec[:-1]), *small
     return P(), P(), *small
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=_compat.INLINE)
+@functools.partial(jax.jit, static_argnums=range(1, 7), inline=_compat.INLINE)
 def _encode(
     w: jax.Array,
     kind: str,
@@ -338,13 +380,20 @@ def _encode(
     double_quant: bool,
     stacked: int,
     channels: tuple[int, ...] | None,
+    along: tuple[int, ...] | None,
 ) -> tuple[Any, ...]:
     """The four leaves, layer by layer; compiled, so that no more than a layer is in float32."""
 
     def encode(w: jax.Array) -> tuple[Any, ...]:
         if block_size is None:
             return _by_channel(w, channels or ())
-        codes, absmax = _by_block(w, kind, block_size)
+        rows = w
+        if along is not None:
+            rows = jnp.transpose(w, (*others(w.shape, along), *along))
+            rows = rows.reshape(turned(w.shape, along))
+        codes, absmax = _by_block(rows, kind, block_size)
+        if along is not None and is_rowwise(rows.shape, block_size):
+            codes = jnp.moveaxis(codes, -1, 0)
         return codes, *(_double(absmax) if double_quant else (absmax, None, None))
 
     for _ in range(stacked):
@@ -386,8 +435,10 @@ def _block_absmax(x: jax.Array, block_size: int) -> jax.Array:
 
 
 def _absmax(x: jax.Array, axes: Any) -> jax.Array:
-    """In float32. Found in x's own dtype: a float32 copy for two uses would be kept."""
-    return jnp.max(jnp.abs(x), axis=axes, initial=0).astype(jnp.float32)
+    """In float32; NaN if there is one. Found in x's own dtype: a float32 copy would be kept."""
+    absmax = jnp.max(jnp.abs(x), axis=axes, initial=0).astype(jnp.float32)
+    # On CPUs, XLA's maximum of many float32 numbers may pass over a NaN.
+    return jnp.where(jnp.any(jnp.isnan(x), axis=axes), jnp.nan, absmax)
 
 
 def _relative(x: jax.Array, absmax: jax.Array, block_size: int | None, top: int = 1) -> jax.Array:
@@ -449,10 +500,22 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
     absmax = absmax_of(q)
     if q.channels is not None:
         absmax = over_channels(absmax, q.inner, q.channels)
-    values = decode(q.kind, q.codes, absmax, dtype, q.block_size)
-    if not q.is_rowwise:
-        values = values[..., : math.prod(q.inner)]
-    return values.reshape(q.shape)
+    if q.along is None:
+        values = decode(q.kind, q.codes, absmax, dtype, q.block_size)
+        if not q.is_rowwise:
+            values = values[..., : math.prod(q.inner)]
+        return values.reshape(q.shape)
+    left, k = others(q.inner, q.along), q.stacked
+    if q.is_rowwise:
+        absmax = jnp.moveaxis(absmax, -1, k)
+        values = decode(q.kind, q.codes, absmax, dtype, q.block_size, axis=k)
+        order = (*q.along, *left)
+    else:
+        values = decode(q.kind, q.codes, absmax, dtype, q.block_size)[..., : math.prod(q.inner)]
+        order = (*left, *q.along)
+    stack = q.shape[:k]
+    values = values.reshape(*stack, *(q.inner[i] for i in order))
+    return jnp.transpose(values, (*range(k), *(k + order.index(i) for i in range(len(order)))))
 
 
 def absmax_of(q: QuantizedArray) -> jax.Array:
@@ -473,7 +536,12 @@ def _undouble(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Arra
 
 
 def decode(
-    kind: str, codes: jax.Array, absmax: jax.Array, dtype: Any, block_size: int | None
+    kind: str,
+    codes: jax.Array,
+    absmax: jax.Array,
+    dtype: Any,
+    block_size: int | None,
+    axis: int = -1,
 ) -> jax.Array:
     """Codes times absmax, in float32, rounded once.
 
@@ -484,16 +552,21 @@ def decode(
         there is no block size.
       dtype: of the result.
       block_size: elements for each absmax.
+      axis: which axis, of both, the bytes and blocks are on.
 
     Returns:
       (..., elements), two for each byte in 4 bits.
     """
-    values = codes.astype(jnp.float32) if kind == "int8" else lookup(unpack(codes), TABLES[kind])
-    return _product(kind, values, spread(absmax, block_size, values.shape[-1]), dtype)
+    if kind == "int8":
+        values = codes.astype(jnp.float32)
+    else:
+        values = lookup(unpack(codes, axis), TABLES[kind])
+    absmax = spread(absmax, block_size, values.shape[axis] if values.ndim else 1, axis)
+    return _product(kind, values, absmax, dtype)
 
 
 def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.Array:
-    """The elements at some indices of the flattened array, and no others.
+    """The elements at some indices, in the order of blocks (`places`), and no others.
 
     Args:
       q: in blocks, without stacked dims.
@@ -513,14 +586,29 @@ def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.A
     absmax = take(q.absmax, block)
     if q.absmax_scale is not None:
         absmax = _undouble(absmax, take(q.absmax_scale, block // GROUP), q.absmax_offset)
+
+    columns = q.is_rowwise and q.along is not None  # rows lie on the first axis
+    bytes_of_row = q.codes.shape[0 if columns else -1]
+    elements = bytes_of_row * (1 if q.kind == "int8" else 2)
+    row, at = indices // elements, indices % elements
+    byte = at % bytes_of_row
+    rows = q.codes.size // max(bytes_of_row, 1)
+    code = take(q.codes, byte * rows + row if columns else row * bytes_of_row + byte)
     if q.kind == "int8":
-        values = take(q.codes, indices).astype(jnp.float32)
+        values = code.astype(jnp.float32)
     else:
-        half = q.codes.shape[-1]
-        row, at = indices // (2 * half), indices % (2 * half)
-        byte = take(q.codes, row * half + at % half)
-        values = lookup(jnp.where(at < half, byte >> 4, byte & 15), TABLES[q.kind])
+        values = lookup(jnp.where(at < bytes_of_row, code >> 4, code & 15), TABLES[q.kind])
     return _product(q.kind, values, absmax, q.dtype if dtype is None else dtype)
+
+
+def places(q: QuantizedArray) -> jax.Array:
+    """Where each element of an unstacked array is in the order of blocks: int32, in its shape."""
+    count = jax.lax.iota(jnp.int32, q.size)
+    if q.along is None:
+        return count.reshape(q.inner)
+    order = (*others(q.inner, q.along), *q.along)
+    count = count.reshape([q.inner[i] for i in order])
+    return jnp.transpose(count, [order.index(i) for i in range(len(order))])
 
 
 def _product(kind: str, values: jax.Array, absmax: jax.Array, dtype: Any) -> jax.Array:
@@ -530,16 +618,16 @@ def _product(kind: str, values: jax.Array, absmax: jax.Array, dtype: Any) -> jax
     return (values * absmax).astype(dtype)
 
 
-def unpack(codes: jax.Array) -> jax.Array:
+def unpack(codes: jax.Array, axis: int = -1) -> jax.Array:
     """(..., bytes) to (..., elements): the high halves of all bytes, then the low ones."""
-    return jnp.concatenate([codes >> 4, codes & 15], axis=-1)
+    return jnp.concatenate([codes >> 4, codes & 15], axis=axis)
 
 
-def spread(absmax: jax.Array, block_size: int | None, size: int) -> jax.Array:
+def spread(absmax: jax.Array, block_size: int | None, size: int, axis: int = -1) -> jax.Array:
     """(..., blocks) to (..., size): to each element its block's. No block size: as it is."""
     if block_size is None:
         return absmax
-    return jnp.repeat(absmax, block_size, axis=-1)[..., :size]
+    return jax.lax.slice_in_dim(jnp.repeat(absmax, block_size, axis=axis), 0, size, axis=axis)
 
 
 def over_channels(

@@ -49,6 +49,13 @@ class RaggedDot(Contraction):
         dims = (tuple(summed), (*batch, group), tuple(x_summed), tuple(x_batch))
         return cls(eqn, where, _compat.ndim(eqn.invars[1]), *dims, group, ragged, sizes)
 
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return (self.sizes,)
+
+    def given(self, *arrays: Any) -> RaggedDot:
+        return dataclasses.replace(self, sizes=arrays[0])
+
     def base(self, x: Any, w: Any) -> Any:
         return ragged_product(self.eqn, x, w, self.sizes)
 

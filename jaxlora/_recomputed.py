@@ -9,8 +9,8 @@ be made again: kept, it would be the whole weight in floats. Three things would 
   activation in one pass and its cotangent in the other.
 - XLA's scheduler would begin all that depends on parameters alone early. The same remedy serves.
 
-Within `jax.checkpoint`, XLA's scheduler still does the last; and a checkpoint is not linear, so that
-what it needs of x would be kept, for nothing.
+Within `jax.checkpoint`, XLA's scheduler still does the last; and a checkpoint is not linear, so
+that what it needs of x would be kept, for nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlora import _compat
 
 
 def recomputed(f: Callable[..., Any], x: Any, leaves: Sequence[Any], of: JaxprEqn | None) -> Any:
@@ -57,13 +61,25 @@ def _behind_a_zero(x: Any, *codes_and_more: Any, jaxpr: Any, of: Any) -> Any:
     leaves = [*codes_and_more]
     codes = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.integer)]
     if codes and x.size:
-        first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+        first = _first(x)
         first = lax.bitcast_convert_type(jnp.real(first), f"u{first.real.dtype.itemsize}")
         # An integer has at most 64 leading zeros, which XLA does not know.
         zero = lax.shift_right_logical(lax.clz(first), first.dtype.type(7))
         k = codes[0]
         leaves[k] = leaves[k] ^ zero.astype(leaves[k].dtype)
     return _evaluated(x, *leaves, jaxpr=jaxpr, of=of)
+
+
+def _first(x: Any) -> Any:
+    """One element; sharded dims of explicit meshes cannot be sliced as such."""
+
+    def sliced(x: Any) -> Any:
+        return lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+
+    if not any(_compat.explicit_spec(x)):
+        return sliced(x)
+    whole = NamedSharding(jax.typeof(x).sharding.mesh, P())
+    return jax.sharding.auto_axes(sliced, out_sharding=whole)(x)
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any], *, jaxpr: Any, of: Any) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora._errors import TargetError
-from jaxlora._matrix import from_matrix, leading_stacked
+from jaxlora._matrix import dims_of, from_matrix, leading_stacked
 from jaxlora._quantized import is_quantized
 from jaxlora._quantized_array import quantize_array
 from jaxlora._target import (
@@ -212,8 +212,12 @@ def loftq(quantize: str | Callable[[jax.Array], Any] = "nf4", iterations: int = 
         matrix = wide_matrix(w, target)
         by: Any = quantize
         if isinstance(quantize, str):
-            stacked = leading_stacked(target.roles)
-            by = functools.partial(quantize_array, kind=quantize, stacked=stacked)
+            by = functools.partial(
+                quantize_array,
+                kind=quantize,
+                stacked=leading_stacked(target.roles),
+                along=None if target.lookup else dims_of("i", target.roles),
+            )
         left = w
         for _ in range(iterations):
             base, kept = _quantized(by, left, w, target)

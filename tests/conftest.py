@@ -25,7 +25,8 @@ def _quick_compiles(request: pytest.FixtureRequest) -> Iterator[None]:
 
     Not where the compiled program itself is looked at.
     """
-    quick = getattr(request.module, "__name__", "") != "test_cost"
+    looked_at = {"test_cost", "test_quantized_memory"}
+    quick = getattr(request.module, "__name__", "") not in looked_at
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

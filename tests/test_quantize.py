@@ -80,7 +80,7 @@ def test_all_linear_leaves_embeddings_out():
         "layer/kernel",
         "head/kernel",
     }
-    with pytest.raises(TargetError, match="all-linear.*trace_roles"):
+    with pytest.raises(TargetError, match=r"all-linear.*trace_roles"):
         jaxlora.quantize(p, "all-linear")
 
 
@@ -103,7 +103,7 @@ def test_stacked_weights_are_quantized_one_by_one():
         q = jaxlora.quantize(p, ["w"], roles=roles)["w"]
         assert q.stacked == 1
         for k in range(3):
-            assert_same(jax.tree.map(lambda x, k=k: x[k], q), quantize_array(w[k]))
+            assert_same(jax.tree.map(lambda x, k=k: x[k], q), quantize_array(w[k], along=(0,)))
     with pytest.raises(RolesError, match=r"w: .*\(3, 32, 64\).*trace_roles"):
         jaxlora.quantize(p, ["w"])
     lora = jaxlora.init(KEY, p, LoraConfig(targets=["w"], roles={"w": "sio"}))
@@ -144,6 +144,34 @@ def test_donating_frees_each_weight_as_it_goes():
     p = params()
     jaxlora.quantize(p, ["layer"])
     assert not p["layer"]["kernel"].is_deleted()
+
+
+def test_donating_keeps_what_stays_in_the_tree():
+    w = normal(32, 64)
+    q = jaxlora.quantize({"layer": {"kernel": w}, "head": w}, ["layer"], donate=True)
+    assert q["head"] is w
+    assert not w.is_deleted()
+
+
+def test_a_stack_behind_gets_absmaxes_of_its_own():
+    q = jaxlora.quantize(
+        {"w": normal(4, 6, 3)}, ["w"], kind="int8", block_size=None, roles={"w": "ios"}
+    )
+    assert q["w"].absmax.shape == (6, 3)
+
+
+def test_outputs_of_a_matrix_must_be_known():
+    with pytest.raises(RolesError, match=r"w: got none.*each output.*roles=\{'w': 'io'\}"):
+        jaxlora.quantize({"w": normal(4, 6)}, ["w"], kind="int8", block_size=None)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_nan_under_jit_gives_nan(kind: str):
+    p = {"w": normal(64, 64).at[0, 0].set(jnp.nan)}
+    run = jax.jit(lambda p: jaxlora.quantize(p, ["w"], kind=kind, double_quant=False))
+    found = jnp.isnan(run(p)["w"].dequantize())
+    assert found[0].all()
+    assert not found[1:].any()
 
 
 def test_numpy_params_and_jit():

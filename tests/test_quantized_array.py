@@ -25,6 +25,7 @@ from jaxlora._quantized_array import (
     decode,
     decode_at,
     over_channels,
+    places,
     quantize_array,
 )
 
@@ -138,6 +139,37 @@ def test_tables():
     magnitudes = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3]) / 12
     np.testing.assert_allclose(FP4, np.concatenate([magnitudes, -magnitudes]), rtol=1e-7)
     assert not np.signbit(FP4[[0, 8]]).any()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("shape", [(64, 6), (33, 6)], ids=["columns", "flat"])
+def test_along_the_inputs_is_the_transposed_array(kind: str, shape: tuple[int, int]):
+    """A kernel (in, out) has the codes of PyTorch's weight (out, in), and its absmaxes."""
+    w = draw(3, *shape)
+    q = quantize_array(w, kind, block_size=16, stacked=1, along=(0,))
+    turned = quantize_array(jnp.swapaxes(w, 1, 2), kind, block_size=16, stacked=1)
+    assert_same(q.dequantize(), jnp.swapaxes(turned.dequantize(), 1, 2))
+    assert (q.stacked, q.shape) == (1, w.shape)
+    for leaf in ("absmax", "absmax_scale", "absmax_offset"):
+        assert_same(getattr(q, leaf), getattr(turned, leaf))
+    codes = jnp.moveaxis(q.codes, 1, -1) if q.is_rowwise else q.codes
+    assert_same(codes, turned.codes)
+    one = jax.tree.map(lambda x: x[1], q)
+    assert_same(one, quantize_array(w[1], kind, block_size=16, along=(0,)))
+    assert_same(decode_at(one, places(one)), one.dequantize())
+
+
+def test_along_several_inputs():
+    w = draw(4, 8, 6)  # heads, head size, outputs
+    q = quantize_array(w, block_size=16, along=(0, 1))
+    assert q.codes.shape == (16, 6)
+    turned = quantize_array(w.reshape(32, 6).T, block_size=16)
+    assert_same(q.dequantize(), turned.dequantize().T.reshape(w.shape))
+    middle = quantize_array(w, block_size=8, along=(1,))
+    turned = quantize_array(jnp.swapaxes(w, 1, 2), block_size=8)
+    assert_same(middle.dequantize(), jnp.swapaxes(turned.dequantize(), 1, 2))
+    with pytest.raises(TargetError, match=r"got along=\(3,\).*distinct dims.*along=\(0,\)"):
+        quantize_array(w, along=(3,))
 
 
 # --------------------------------------------------------------------------------------------------
