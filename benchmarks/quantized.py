@@ -104,12 +104,12 @@ def rotary(x: jax.Array, theta: float = 1e5) -> jax.Array:
 
 
 def decoded(q: dict[str, jax.Array]) -> jax.Array:
-    """NF4 with double quantization, blocks of 64 along a row."""
+    """NF4 with double quantization, blocks of 64 along the inputs: codes (I / 2, O)."""
     index = q["absmax"].reshape(-1)
     absmax = jnp.asarray(dynamic_code(signed=True))[index]
     absmax = absmax * jnp.repeat(q["absmax_scale"], 256)[: index.size] + q["absmax_offset"]
-    absmax = jnp.repeat(absmax.reshape(q["absmax"].shape), 64, axis=-1)
-    codes = jnp.concatenate([q["codes"] >> 4, q["codes"] & 15], axis=-1)
+    absmax = jnp.repeat(absmax.reshape(q["absmax"].shape).T, 64, axis=0)  # (I, O)
+    codes = jnp.concatenate([q["codes"] >> 4, q["codes"] & 15])
     return jnp.asarray(TABLE)[codes] * absmax
 
 

@@ -13,8 +13,8 @@ after tuning is at most that: then a run does not tell it from the float one.
 Tasks:
 
 - `mnist`: examples/mnist_digit9.py: the same networks, data and settings, and for each seed the
-  same figures in the float rows. It needs the `examples` extra. Of the kernels' rows (1,000, 2,000
-  and 10 elements) none is made of whole blocks of 64: their codes are flat.
+  same figures in the float rows. It needs the `examples` extra. None of the kernels' inputs (784,
+  1,000, 2,000) are whole blocks of 64: their codes are flat.
 - `language`: a transformer of Llama's kind, layers scanned, that reads bytes, trained on the first
   half of a text; then LoRA of rank 8 on all linear layers, tuned on what follows; the loss is that
   on the last tenth, which neither has seen. `--text FILE`: a long one, tinyshakespeare say.
