@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import harness, report, trace, train_step
+from benchmarks import harness, quantized, report, trace, train_step
 
 BENCHMARKS: dict[str, Callable[[], harness.Benchmark]] = {
     "train_step": train_step.scanned,
@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, Callable[[], harness.Benchmark]] = {
     "train_step_unrolled": train_step.unrolled,
     "dora": train_step.dora,
     "dora_unrolled": train_step.dora_unrolled,
+    "quantized": quantized.nf4,
     "trace": trace.linen,
     "trace_grad": trace.gradient,
     "trace_nnx": trace.flax_nnx,
@@ -20,6 +21,8 @@ BENCHMARKS: dict[str, Callable[[], harness.Benchmark]] = {
 """A new benchmark is a new entry: a function that builds it, described by its docstring."""
 
 QUICK_ROUNDS = 3
+SMALLER: dict[str, Callable[[], harness.Benchmark]] = {"quantized": quantized.nf4_small}
+"""What `--quick` takes for those that are too large for it."""
 
 
 def main() -> None:
@@ -40,7 +43,8 @@ def main() -> None:
         if name not in BENCHMARKS:
             parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
     for name in options.names or BENCHMARKS:
-        benchmark = BENCHMARKS[name]()
+        build = SMALLER.get(name, BENCHMARKS[name]) if options.quick else BENCHMARKS[name]
+        benchmark = build()
         measured = harness.measure(benchmark, QUICK_ROUNDS if options.quick else None)
         settings = ", ".join(f"{key} {value}" for key, value in benchmark.settings.items())
         print(f"\n{name}: {settings}; {measured['rounds']} rounds; ratios to {benchmark.baseline}")

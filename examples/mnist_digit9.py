@@ -1,6 +1,7 @@
 """LoRA repairs one digit: MNIST's nine, with 6,794 numbers beside 2,807,010 frozen ones.
 
     python examples/mnist_digit9.py [--data-dir DIR] [--out DIR] [--seed N] [--short]
+                                    [--quantize nf4]
 
 You will see, in this order:
 
@@ -75,6 +76,12 @@ def main() -> int:
     params = state.params
     before = errors(model.apply, params, images, labels)
     print(f"accuracy {1 - before.sum() / len(labels):.2%}, most errors on digit {before.argmax()}")
+    base_apply: Apply = model.apply
+    if args.quantize:  # QLoRA: from here on the base is in 4 bits, or 8, and stays in them
+        params = jaxlora.quantize(params, ["kernel"], kind=args.quantize)
+        base_apply = jaxlora.lora_apply(model.apply)  # which takes quantized weights too
+        before = errors(base_apply, params, images, labels)
+        print(f"in {args.quantize}: {1 - before.sum() / len(labels):.2%}")
 
     heading(f"3. LoRA: rank 1, {lora_steps} batches of {BATCH}, the digit {DIGIT} alone")
     config = jaxlora.LoraConfig(
@@ -102,7 +109,7 @@ def main() -> int:
     print_table(before, after, labels, lora)
 
     heading("4. What holds exactly")
-    claims = exact_claims(model.apply, apply, frozen, lora, images[:1000])
+    claims = exact_claims(base_apply, apply, frozen, lora, images[:1000])
 
     heading("5. Beyond the source: how strong should the adapter be?")
     strengths = np.linspace(0, 1.2, 4 if args.short else 13)
@@ -148,7 +155,8 @@ def train(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[Trai
             logits = state.apply_fn({"params": params}, batch[0])
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-        value, grads = jax.value_and_grad(loss)(state.params)
+        # Codes of a quantized base are integers: allow_int gives them empty gradients.
+        value, grads = jax.value_and_grad(loss, allow_int=True)(state.params)
         return state.apply_gradients(grads=grads), value
 
     return jax.lax.scan(step, state, (images, labels))
@@ -247,6 +255,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="a folder with MNIST's four IDX files")
     parser.add_argument("--out", type=Path, default=Path("out/mnist_digit9"), help="for pictures")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="the base, for LoRA")
     parser.add_argument("--short", action="store_true", help="seconds: few steps, few digits")
     return parser.parse_args()
 
