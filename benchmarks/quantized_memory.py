@@ -99,7 +99,6 @@ class Decode:
 
     def __call__(self, q: Any, dtype: Any) -> jax.Array:
         codes, absmax = q
-        codes = codes.astype(jnp.int32)  # XLA:TPU shifts bytes slowly
         high, low = codes >> 4, codes & 15
         axis = -2 if self.order == "columns" else -1
         if self.order == "pairs":
