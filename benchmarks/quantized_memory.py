@@ -43,11 +43,11 @@ NF4 = (
 BLOCK = 64
 MIB = 2**20
 
-# ---- decode: codes (rows, cols / 2) uint8, absmax (rows, cols / 64) float32 --------------------
+# ---- decode: uint8 codes and float32 absmax of blocks along the last dim, or the first ----------
 
 
 def _select(code: jax.Array) -> jax.Array:
-    """15 selects on the four bits. In a scan's body JAX hoists its 16 constants, broadcast."""
+    """15 selects on the four bits. Out of a scan's body JAX hoists its 16 constants, broadcast."""
     level = [jnp.float32(v) for v in NF4]
     for bit in range(4):
         on = (code >> bit) & 1 == 1
@@ -56,7 +56,7 @@ def _select(code: jax.Array) -> jax.Array:
 
 
 def _bits(code: jax.Array) -> jax.Array:
-    """The same on the values' bits, with scalars only. XLA:TPU does not fuse it."""
+    """The same on the values' bits, with scalars only. XLA:TPU may fail to fuse it."""
     code = code.astype(jnp.uint32)
     level: list[Any] = [np.float32(v).view(np.uint32) for v in NF4]
     for bit in range(4):
@@ -66,6 +66,7 @@ def _bits(code: jax.Array) -> jax.Array:
 
 
 def _gather(code: jax.Array) -> jax.Array:
+    """XLA:TPU makes compares and selects of it, XLA:CPU vector look-ups; nothing to hoist."""
     return jnp.asarray(NF4, jnp.float32).at[code.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
@@ -86,7 +87,12 @@ LOOKUPS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """q, dtype -> weight. order: which two elements share a byte, neighbours or halves of a row."""
+    """q, dtype -> weight.
+
+    order: which two elements share a byte: neighbours in a row ("pairs"; codes (rows, cols / 2),
+    absmax (rows, cols / 64)), halves of a row ("halves"; the same shapes), or halves of a column
+    ("columns"; codes (rows / 2, cols), absmax (rows / 64, cols)).
+    """
 
     lookup: str
     order: str
@@ -94,12 +100,12 @@ class Decode:
     def __call__(self, q: Any, dtype: Any) -> jax.Array:
         codes, absmax = q
         high, low = codes >> 4, codes & 15
+        axis = -2 if self.order == "columns" else -1
         if self.order == "pairs":
             index = jnp.stack([high, low], -1).reshape(*codes.shape[:-1], -1)
         else:
-            index = jnp.concatenate([high, low], -1)
-        values = LOOKUPS[self.lookup](index).reshape(*absmax.shape, BLOCK)
-        return (values * absmax[..., None]).reshape(index.shape).astype(dtype)
+            index = jnp.concatenate([high, low], axis)
+        return (LOOKUPS[self.lookup](index) * jnp.repeat(absmax, BLOCK, axis)).astype(dtype)
 
 
 # ---- forms of y = x @ w ------------------------------------------------------------------------
@@ -287,6 +293,8 @@ def arguments(args: argparse.Namespace, form: str) -> Any:
     def weight(i: int, o: int) -> Any:
         if form == "dense":
             return shape(args.dtype, i, o)
+        if args.order == "columns":
+            return shape(jnp.uint8, i // 2, o), shape(jnp.float32, i // BLOCK, o)
         return shape(jnp.uint8, i, o // 2), shape(jnp.float32, i, o // BLOCK)
 
     base = {k: weight(i, o) for k, (i, o) in sizes(args.width).items()}
@@ -321,8 +329,8 @@ def main() -> None:
     parser.add_argument("--mode", choices=("scan", "unrolled"), default="scan")
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
     parser.add_argument("--form", nargs="+", choices=[*FORMS], default=[*FORMS])
-    parser.add_argument("--lookup", choices=[*LOOKUPS], default="closed")
-    parser.add_argument("--order", choices=("pairs", "halves"), default="halves")
+    parser.add_argument("--lookup", choices=[*LOOKUPS], default="gather")
+    parser.add_argument("--order", choices=("pairs", "halves", "columns"), default="columns")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     for name, value in {"layers": 4, "width": 512, "batch": 1, "length": 256, "rank": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
