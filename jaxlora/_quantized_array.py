@@ -519,20 +519,32 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
 
 
 def absmax_of(q: QuantizedArray) -> jax.Array:
-    """The absmaxes in float32, in the shape of `q.absmax`."""
+    """The absmaxes in float32, in the shape of `q.absmax`.
+
+    What each code means is worked out for each group, and looked up last: XLA:CPU would fuse
+    arithmetic on what was looked up with the product by it, and do it again for every element.
+    """
     if q.absmax_scale is None:
         return q.absmax
-    stacked = q.absmax_offset.shape
-    flat = q.absmax.reshape(*stacked, math.prod(q.absmax.shape[len(stacked) :]))
-    scale = spread(q.absmax_scale, GROUP, flat.shape[-1])
-    return _undouble(flat, scale, q.absmax_offset[..., None]).reshape(q.absmax.shape)
+    stacked, groups = q.absmax_offset.shape, q.absmax_scale.shape[-1]
+    size = math.prod(q.absmax.shape[len(stacked) :])
+    codes = q.absmax.reshape(*stacked, size)
+    codes = jnp.pad(codes, [(0, 0)] * len(stacked) + [(0, groups * GROUP - size)])
+    values = jnp.asarray(dynamic_code(signed=True))
+    table = _undouble(values, q.absmax_scale[..., None], q.absmax_offset[..., None, None])
+    absmax = jnp.take_along_axis(
+        table,
+        codes.reshape(*stacked, groups, GROUP).astype(jnp.int32),
+        axis=-1,
+        mode="promise_in_bounds",
+    )
+    return absmax.reshape(*stacked, groups * GROUP)[..., :size].reshape(q.absmax.shape)
 
 
-def _undouble(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-    code = jnp.asarray(dynamic_code(signed=True))
-    differences = code.at[codes].get(mode="promise_in_bounds") * scale
+def _undouble(values: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
+    """The absmaxes that entries of the dynamic code stand for, in a group of that scale."""
     # Bounds that nothing reaches: without them, XLA would fuse multiply and add, and round once.
-    return jnp.clip(differences, -_LARGEST, _LARGEST) + offset
+    return jnp.clip(values * scale, -_LARGEST, _LARGEST) + offset
 
 
 def decode(
@@ -585,7 +597,8 @@ def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.A
     block = indices // q.block_size
     absmax = take(q.absmax, block)
     if q.absmax_scale is not None:
-        absmax = _undouble(absmax, take(q.absmax_scale, block // GROUP), q.absmax_offset)
+        values = take(jnp.asarray(dynamic_code(signed=True)), absmax.astype(jnp.int32))
+        absmax = _undouble(values, take(q.absmax_scale, block // GROUP), q.absmax_offset)
 
     columns = q.is_rowwise and q.along is not None  # rows lie on the first axis
     bytes_of_row = q.codes.shape[0 if columns else -1]

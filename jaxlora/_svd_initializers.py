@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora._errors import TargetError
 from jaxlora._matrix import dims_of, from_matrix, leading_stacked
@@ -239,10 +240,12 @@ def _quantized(
 ) -> tuple[Any, jax.Array]:
     """The quantized base as it will be kept, and the matrix that it stands for."""
     base = quantize(left)
-    if getattr(base, "shape", None) != w.shape:
+    is_array = is_quantized(base) or isinstance(base, (jax.Array, np.ndarray))
+    if not is_array or base.shape != w.shape:
         raise TargetError(
             f"{target.path}: got {type(base).__name__} of shape {getattr(base, 'shape', None)} "
-            f"from loftq's `quantize`, expected an array of shape {w.shape}, quantized or not."
+            f"from loftq's `quantize`, expected an array of shape {w.shape}, or what "
+            "jaxlora.quantize_array makes of one."
         )
     if not is_quantized(base):
         base = jnp.asarray(base).astype(w.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ import pytest
 from helpers import assert_close, randomized
 
 import jaxlora
-from jaxlora import LoraConfig, LoraWeight, TargetError, initializers
+from jaxlora import (
+    LoraConfig,
+    LoraWeight,
+    QuantizedArray,
+    TargetError,
+    initializers,
+    quantize_array,
+)
 from jaxlora.initializers import Moments, Target
 
 KEY = jax.random.key(0, impl="unsafe_rbg")  # which compiles quickly
@@ -283,39 +291,41 @@ def test_loftq_leaves_the_best_low_rank_error():
             )
 
 
-def test_loftq_by_hand_and_with_a_quantized_object():
-    """Three iterations in float64; the same where the quantizer gives an object."""
+def test_loftq_by_hand_and_with_a_quantized_array():
+    """Three iterations in float64; the same where the quantizer gives a QuantizedArray."""
 
-    @dataclasses.dataclass
-    class Quantized:
-        codes: jax.Array
-        step: jax.Array
-
-        @property
-        def shape(self):
-            return self.codes.shape
-
-        def dequantize(self):
-            return self.codes * self.step
-
-    def to_object(w):
-        step = jnp.max(jnp.abs(w)) / 8
-        return Quantized(jnp.round(w / step), step)
+    def to_int8(w):
+        return quantize_array(w, "int8", block_size=64, double_quant=False)
 
     w = WEIGHTS["dense/weight"]
+    assert w.size <= 64, "one block"
     target = Target(path="w", roles="io", rank=RANK, scale=SCALE)
-    left = np.asarray(w, np.float64)
-    for _ in range(3):
-        step = np.abs(left).max() / 8
-        base = np.round(left / step) * step
-        u, s, vt = svd(np.asarray(w, np.float64) - base, RANK)
-        left = w - (u * s) @ vt
+
+    def by_hand(levels):
+        left = np.asarray(w, np.float64)
+        for _ in range(3):
+            step = np.abs(left).max() / levels
+            base = np.round(left / step) * step
+            u, s, vt = svd(np.asarray(w, np.float64) - base, RANK)
+            left = w - (u * s) @ vt
+        return base, (u * s) @ vt
+
     got, a, b = METHODS["loftq"](KEY, w, target)
+    base, product = by_hand(8)
     assert_near(got, base)
-    assert_near(SCALE * a @ b, (u * s) @ vt, 1e-4)
-    kept, a, b = initializers.loftq(to_object, 3)(KEY, w, target)
-    assert isinstance(kept, Quantized)
-    assert_near(kept.dequantize() + SCALE * a @ b, base + (u * s) @ vt)
+    assert_near(SCALE * a @ b, product, 1e-4)
+    kept, a, b = initializers.loftq(to_int8, 3)(KEY, w, target)
+    assert isinstance(kept, QuantizedArray)
+    base, product = by_hand(127)
+    assert_near(kept.dequantize(), base, 1e-5)
+    assert_near(SCALE * a @ b, product, 1e-4)
+
+
+def test_loftq_refuses_what_is_no_array():
+    target = Target(path="layer/w", roles="io", rank=RANK, scale=SCALE)
+    for made in ((), types.SimpleNamespace(shape=(7, 9)), jnp.zeros(3)):
+        with pytest.raises(TargetError, match=r"layer/w: got .* from loftq's .*quantize_array"):
+            initializers.loftq(lambda w, made=made: made)(KEY, jnp.ones((7, 9)), target)
 
 
 def test_full_rank_takes_all():
