@@ -37,6 +37,9 @@ def recomputed(f: Callable[..., Any], x: Any, leaves: Sequence[Any], of: JaxprEq
       leaves: what the other operand is made of; constants to any derivative.
       of: the equation that this is in place of, for policies of `jax.checkpoint`.
     """
+    # Within `shard_map`: as one type, so that nothing is cast where f is lowered.
+    axes = frozenset[str]().union(*map(_compat.varying, (x, *leaves)))
+    x, *leaves = (_compat.vary(each, axes) for each in (x, *leaves))
     return _bind(jax.make_jaxpr(f)(x, *leaves), x, leaves, of)
 
 
