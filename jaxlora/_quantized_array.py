@@ -113,6 +113,11 @@ class QuantizedArray:
         return is_rowwise(turned(self.inner, self.along), self.block_size)
 
     @property
+    def is_columnwise(self) -> bool:
+        """Whether codes lie along the first of their inner dims, and absmaxes along the last."""
+        return self.is_rowwise and self.along is not None
+
+    @property
     def stacked(self) -> int:
         """The number of leading stacked dims."""
         rows = turned(self.inner, self.along) if self.is_rowwise else (1,)
@@ -497,7 +502,7 @@ def _sum(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1, inline=_compat.INLINE)
 def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
-    absmax = absmax_of(q)
+    absmax = absmax_of(q, blocks_first=q.is_columnwise)
     if q.channels is not None:
         absmax = over_channels(absmax, q.inner, q.channels)
     if q.along is None:
@@ -506,8 +511,7 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
             values = values[..., : math.prod(q.inner)]
         return values.reshape(q.shape)
     left, k = others(q.inner, q.along), q.stacked
-    if q.is_rowwise:
-        absmax = jnp.moveaxis(absmax, -1, k)
+    if q.is_columnwise:
         values = decode(q.kind, q.codes, absmax, dtype, q.block_size, axis=k)
         order = (*q.along, *left)
     else:
@@ -518,27 +522,28 @@ def _dequantize(q: QuantizedArray, dtype: Any) -> jax.Array:
     return jnp.transpose(values, (*range(k), *(k + order.index(i) for i in range(len(order)))))
 
 
-def absmax_of(q: QuantizedArray) -> jax.Array:
-    """The absmaxes in float32, in the shape of `q.absmax`.
+def absmax_of(q: QuantizedArray, blocks_first: bool = False) -> jax.Array:
+    """The absmaxes in float32, in the shape of `q.absmax`; or (stacked..., blocks, others...).
 
-    What each code means is worked out for each group, and looked up last: XLA:CPU would fuse
-    arithmetic on what was looked up with the product by it, and do it again for every element.
+    What each code means is worked out for each group, and looked up last, in the order wanted:
+    XLA:CPU would fuse arithmetic on what was looked up, or a transpose, with the product by it, and
+    do it again for every element.
     """
+    order = (lambda x: jnp.moveaxis(x, -1, q.stacked)) if blocks_first else lambda x: x
     if q.absmax_scale is None:
-        return q.absmax
-    stacked, groups = q.absmax_offset.shape, q.absmax_scale.shape[-1]
-    size = math.prod(q.absmax.shape[len(stacked) :])
-    codes = q.absmax.reshape(*stacked, size)
-    codes = jnp.pad(codes, [(0, 0)] * len(stacked) + [(0, groups * GROUP - size)])
+        return order(q.absmax)
+    stacked, inner = q.absmax.shape[: q.stacked], q.absmax.shape[q.stacked :]
     values = jnp.asarray(dynamic_code(signed=True))
     table = _undouble(values, q.absmax_scale[..., None], q.absmax_offset[..., None, None])
+    group = jax.lax.iota(jnp.int32, math.prod(inner)).reshape(inner) // GROUP
+    places = order(group * values.size + q.absmax)
     absmax = jnp.take_along_axis(
-        table,
-        codes.reshape(*stacked, groups, GROUP).astype(jnp.int32),
+        table.reshape(*stacked, q.absmax_scale.shape[-1] * values.size),
+        places.reshape(*stacked, group.size),
         axis=-1,
         mode="promise_in_bounds",
     )
-    return absmax.reshape(*stacked, groups * GROUP)[..., :size].reshape(q.absmax.shape)
+    return absmax.reshape(places.shape)
 
 
 def _undouble(values: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
@@ -600,13 +605,12 @@ def decode_at(q: QuantizedArray, indices: jax.Array, dtype: Any = None) -> jax.A
         values = take(jnp.asarray(dynamic_code(signed=True)), absmax.astype(jnp.int32))
         absmax = _undouble(values, take(q.absmax_scale, block // GROUP), q.absmax_offset)
 
-    columns = q.is_rowwise and q.along is not None  # rows lie on the first axis
-    bytes_of_row = q.codes.shape[0 if columns else -1]
+    bytes_of_row = q.codes.shape[0 if q.is_columnwise else -1]
     elements = bytes_of_row * (1 if q.kind == "int8" else 2)
     row, at = indices // elements, indices % elements
     byte = at % bytes_of_row
     rows = q.codes.size // max(bytes_of_row, 1)
-    code = take(q.codes, byte * rows + row if columns else row * bytes_of_row + byte)
+    code = take(q.codes, byte * rows + row if q.is_columnwise else row * bytes_of_row + byte)
     if q.kind == "int8":
         values = code.astype(jnp.float32)
     else:
