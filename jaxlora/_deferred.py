@@ -315,7 +315,8 @@ class Decoded(Deferred):
         if d in rows.inner and isinstance(rows.decoder, Rows):
             if rows.decoder.kind != "int8":
                 raise Unfactorable(
-                    "it cuts the rows of a weight in 4 bits, whose bytes hold two halves"
+                    "it cuts a weight in 4 bits along a dim that its blocks run over, whose bytes "
+                    "hold two halves: cut the others (outputs, by default), or quantize in int8"
                 )
             if d != rows.inner[0]:
                 raise Unfactorable("it cuts a quantized weight along a dim within its blocks")

@@ -276,15 +276,13 @@ def _biases(config: LoraConfig, leaves: Mapping[str, Any], targets: list[str]) -
 
 def no_match(field: str, pattern: str, paths: Iterable[str], kind: str = "") -> TargetError:
     paths = list(paths)
-    shape = {
-        "exclude": "the path of a leaf or the name of a module",
-        "train": "the path of a leaf or the name of a module",
-        "bias": "a leaf called `bias` or `b`",
-    }.get(field, "the path of a weight, its trailing segments, or a regex of the whole path")
-    if field == "targets" and kind == "names":
-        shape = "the name of a module or of a weight: whole segments of a path, no wildcards"
-    elif field == "targets":
-        shape += ' (for a module\'s name, a list: targets=["query"])'
+    shape = "the path of a weight, its trailing segments, or a regex of the whole path"
+    if field == "bias":
+        shape = "a leaf called `bias` or `b`"
+    elif field in ("targets", "exclude", "train"):
+        shape = f'a regex of the whole path (for a module\'s name, a list: {field}=["query"])'
+        if kind == "names":
+            shape = "the name of a module or of a leaf: whole segments of a path, no wildcards"
     return TargetError(
         f"{field}: {pattern!r} matches nothing, expected {shape}. "
         f"Of the {len(paths)} paths, the nearest are:"

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlora import _compat
 from jaxlora._codebooks import FP4, NF4, dynamic_code, middles
 from jaxlora._errors import TargetError
+from jaxlora._not_an_array import NotAnArray
 from jaxlora._pytrees import register, register_export
 
 KINDS = ("nf4", "fp4", "int8")
@@ -32,7 +33,7 @@ _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class QuantizedArray:
+class QuantizedArray(NotAnArray):
     r"""An array W in 4 or 8 bits: element i is table[codes_i] * absmax_(i // block_size).
 
     Blocks run over the elements of one stacked element (layer, expert) in row-major order. With
@@ -151,6 +152,7 @@ class QuantizedArray:
         shape = getattr(self.codes, "shape", None)
         dims = self.inner if shape is None else self.shape
         blocks = "by channel" if self.block_size is None else f"blocks of {self.block_size}"
+        blocks += "" if self.is_rowwise else " over rows"
         double = "" if self.absmax_scale is None else ", double"
         return f"QuantizedArray({self.kind}, {dims} {jnp.dtype(self.dtype).name}, {blocks}{double})"
 

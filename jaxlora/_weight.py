@@ -18,12 +18,13 @@ from jaxlora._matrix import (
     split_shape,
     widened,
 )
+from jaxlora._not_an_array import NotAnArray
 from jaxlora._pytrees import register, register_export
 from jaxlora._quantized import dense
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class LoraWeight:
+class LoraWeight(NotAnArray):
     r"""A base weight and its low-rank adapter: the value W + scale * sum_r a[..., r] b[r, ...].
 
     With a magnitude m (DoRA), the value is (m / n) * (W + scale * a b), where n is the norm of
@@ -130,7 +131,7 @@ class LoraWeight:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class FullWeight:
+class FullWeight(NotAnArray):
     """A leaf that trains in full, beside the base's: a bias, a norm, a new head.
 
     Attributes:

@@ -46,6 +46,7 @@ def message(error: type[Exception], call) -> str:
         ({"targets": []}, ["targets: '()' matches nothing"]),
         ({"targets": lambda path, leaf: False}, ["targets: '<lambda>' matches nothing"]),
         ({"targets": ["query"], "exclude": ["hed"]}, ["exclude: 'hed' matches nothing", "head"]),
+        ({"targets": ["query"], "exclude": "hed"}, ["exclude: 'hed' matches", 'exclude=["query"]']),
         ({"targets": ["query"], "train": ["nrom"]}, ["train: 'nrom' matches nothing", "norm"]),
         ({"targets": ["query"], "rank_pattern": {"head": 2}}, ["rank_pattern: 'head' matches"]),
         ({"targets": ["query"], "alpha_pattern": {"x": 2}}, ["alpha_pattern: 'x' matches nothing"]),

@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(jaxlora.__file__).parent
 # A module imports only from those above it.
 ORDER = [
     "_errors",
+    "_not_an_array",
     "_compat",
     "_pytrees",
     "_codebooks",
