@@ -454,7 +454,7 @@ def test_bad_input(w: Any, options: dict[str, Any], match: str):
 
 
 def test_a_shape_without_data():
-    with pytest.raises(TargetError, match="without data.*eval_shape"):
+    with pytest.raises(TargetError, match=r"without data.*eval_shape"):
         quantize_array(jax.ShapeDtypeStruct((2, 64), jnp.float32))
 
 
