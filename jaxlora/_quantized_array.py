@@ -266,6 +266,11 @@ def quantize_array(
       arXiv 2208.07339, section 2.1.
     """
     _check_array(w)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        raise TargetError(
+            "quantize_array: got a shape without data, expected an array. For the shapes of the "
+            "result: jax.eval_shape(lambda w: jaxlora.quantize_array(w, ...), w)."
+        )
     _check_kind(kind, block_size, channels)
     if isinstance(stacked, bool) or not isinstance(stacked, int) or not 0 <= stacked <= w.ndim:
         raise TargetError(
@@ -481,7 +486,9 @@ def nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
 def _double(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes of absmax, their scales by groups, and the offset."""
     flat = absmax.reshape(absmax.size)
-    offset = _sum(flat) / max(flat.size, 1)
+    total = _sum(flat)
+    # By a constant, XLA would divide as times its inverse, and fuse that with the subtraction.
+    offset = total / jnp.where(jnp.isnan(total), jnp.nan, jnp.float32(max(flat.size, 1)))
     difference = flat - offset
     scale = _block_absmax(difference, GROUP)
     bounds = middles(dynamic_code(signed=True))

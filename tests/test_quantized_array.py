@@ -105,6 +105,20 @@ def test_double_quantisation_is_that_of_bitsandbytes(key: str):
     np.testing.assert_array_equal(np.asarray(values, expected.dtype), expected)
 
 
+def test_absmax_scales_are_exact_with_all_optimizations():
+    """A mean by a division, rounded once, and differences from it as it is stored."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    w = np.random.default_rng(0).standard_normal((31, 64), np.float32)
+    q = quantize_array(w)
+    absmax = np.abs(w).max(1)
+    total = np.pad(absmax, (0, 1))
+    while total.size > 1:
+        total = total[: total.size // 2] + total[total.size // 2 :]
+    np.testing.assert_array_equal(q.absmax_offset, total[0] / np.float32(31))
+    difference = absmax - np.asarray(q.absmax_offset)
+    np.testing.assert_array_equal(q.absmax_scale, np.abs(difference).max(keepdims=True))
+
+
 def test_the_compiled_cpu_kernel_of_bitsandbytes_is_near():
     """It rounds to a 32,768th before it looks up the code; ours, as its CUDA kernel's, is exact."""
     key = "double/many_bfloat16/nf4/32"
@@ -437,6 +451,11 @@ W = jnp.zeros((4, 64))
 def test_bad_input(w: Any, options: dict[str, Any], match: str):
     with pytest.raises(TargetError, match=match):
         quantize_array(w, **options)
+
+
+def test_a_shape_without_data():
+    with pytest.raises(TargetError, match=r"without data.*eval_shape"):
+        quantize_array(jax.ShapeDtypeStruct((2, 64), jnp.float32))
 
 
 def test_already_quantised():
