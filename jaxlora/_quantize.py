@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -120,7 +122,7 @@ def quantize(
             if _paths.lookup(leaves, path) is None:
                 raise no_match("roles", path, leaves)
     for path in chosen:  # all of them before the first is quantized, and perhaps deleted
-        _check(path, leaves[path])
+        _check(path, leaves[path], double_quant)
 
     # What stays a float elsewhere in the tree (a tied weight, a FullWeight's w) is not donated.
     rest = [leaf for path, leaf in pairs if path not in chosen]
@@ -217,7 +219,7 @@ def _check_kind(kind: Any, block_size: Any) -> None:
         )
 
 
-def _check(path: str, leaf: Any) -> None:
+def _check(path: str, leaf: Any, double_quant: bool) -> None:
     name = _paths.short(path)
     if isinstance(leaf, FullWeight):
         raise TargetError(
@@ -245,16 +247,22 @@ def _check(path: str, leaf: Any) -> None:
             f"{path}: got a shape without data, expected an array. For the shapes of the result: "
             "jax.eval_shape(lambda params: jaxlora.quantize(params, ...), params)."
         )
-    finite = np.isfinite(w).all() if isinstance(w, np.ndarray) else known(_all_finite, w)
-    if finite is not None and not finite:
+    largest = _largest(np, w) if isinstance(w, np.ndarray) else known(partial(_largest, jnp), w)
+    if largest is not None and not math.isfinite(largest):
         raise TargetError(
             f"{path}: got NaN or infinity in a weight, expected finite numbers: one of them would "
             "spoil all of its block. Where do the params come from?"
         )
+    if double_quant and largest is not None and largest > jnp.finfo(jnp.float32).max / w.size:
+        raise TargetError(
+            f"{path}: got a weight of {largest:.3g}, expected numbers whose absmaxes have a finite "
+            f"sum, since double quantization takes their mean. Leave it out, exclude=[{name!r}], "
+            "or use double_quant=False."
+        )
 
 
-def _all_finite(w: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(w))
+def _largest(numpy: Any, w: Any) -> Any:
+    return numpy.max(numpy.abs(w), initial=0)
 
 
 def dequantize(tree: Any) -> Any:

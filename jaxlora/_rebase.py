@@ -101,7 +101,8 @@ def _check_original(path: str, original: Any, w: Any, start: jax.Array) -> None:
         raise TargetError(
             f"{path}: got a weight in `params` that differs by {error:.3g} from what the adapter "
             "started from, expected the same: the params that jaxlora.init was given. After an "
-            "initializer that starts near them (loftq), leave `params` out: "
+            "initializer that starts near them (loftq), or if the base was quantized after, leave "
+            "`params` out: "
             "jaxlora.rebase(lora, initial)."
         )
 

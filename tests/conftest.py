@@ -23,9 +23,10 @@ jax.config.update("jax_num_cpu_devices", 4)  # before anything runs: for meshes
 def _quick_compiles(request: pytest.FixtureRequest) -> Iterator[None]:
     """Hundreds of tiny programs: compiling them is nearly all of the time.
 
-    Not where the compiled program itself is looked at.
+    Not where the compiled program itself is looked at, nor where each bit counts: optimizations
+    fuse and reorder arithmetic.
     """
-    looked_at = {"test_cost", "test_quantized_memory"}
+    looked_at = {"test_cost", "test_quantized_array", "test_quantized_memory"}
     quick = getattr(request.module, "__name__", "") not in looked_at
     jax.config.update("jax_disable_most_optimizations", quick)
     yield

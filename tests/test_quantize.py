@@ -204,6 +204,7 @@ def test_storage():
         ({}, {"targets": r"norm/scale"}, r"norm/scale.*\(128,\).*two or more.*exclude"),
         ({"kernel": normal(64, 128).at[3, 4].set(jnp.nan)}, {}, "layer/kernel: got NaN or inf"),
         ({"kernel": normal(64, 128).at[3, 4].set(-jnp.inf)}, {}, "layer/kernel: got NaN or inf"),
+        ({"kernel": jnp.full((64, 128), 3e38)}, {}, "layer/kernel: .*3e.38.*double_quant=False"),
         ({"kernel": jnp.ones((64, 128), int)}, {}, "layer/kernel: .*int32.*float32.*exclude"),
         ({"kernel": quantize_array(normal(64, 128))}, {}, "layer/kernel: .*already.*exclude"),
     ],

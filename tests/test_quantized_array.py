@@ -105,9 +105,8 @@ def test_double_quantisation_is_that_of_bitsandbytes(key: str):
     np.testing.assert_array_equal(np.asarray(values, expected.dtype), expected)
 
 
-def test_absmax_scales_are_exact_with_all_optimizations():
+def test_absmax_scales_are_exact():
     """A mean by a division, rounded once, and differences from it as it is stored."""
-    jax.config.update("jax_disable_most_optimizations", False)
     w = np.random.default_rng(0).standard_normal((31, 64), np.float32)
     q = quantize_array(w)
     absmax = np.abs(w).max(1)
@@ -394,13 +393,6 @@ def test_repr():
     assert repr(jax.tree.map(lambda x: 0, q)).startswith("QuantizedArray(nf4, (4, 64)")
     q = quantize_array(jnp.zeros((4, 6)), "int8", block_size=None, channels=(1,))
     assert repr(q) == "QuantizedArray(int8, (4, 6) float32, by channel)"
-
-
-def test_nothing_dequantises_silently():
-    q = quantize_array(jnp.ones((2, 64)))
-    for use in (jnp.asarray, lambda q: jnp.ones((3, 2)) @ q, jnp.sum):
-        with pytest.raises(TypeError):
-            use(q)
 
 
 def test_tree():
