@@ -262,7 +262,9 @@ def _check(path: str, leaf: Any, double_quant: bool) -> None:
 
 
 def _largest(numpy: Any, w: Any) -> Any:
-    return numpy.max(numpy.abs(w), initial=0)
+    """Of the absolute values; infinity if one is NaN, which a maximum may lose on its way."""
+    largest = numpy.max(numpy.abs(w), initial=0)
+    return numpy.where(numpy.all(numpy.isfinite(w)), largest, numpy.inf)
 
 
 def dequantize(tree: Any) -> Any:
