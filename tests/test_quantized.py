@@ -359,8 +359,3 @@ def test_one_compilation_for_other_values():
     for scale in (1, 2):
         apply({"w": quantize_array(scale * jax.random.normal(KEY, (16, 32)))}, jnp.ones(16))
     assert len(traces) == 1
-
-
-def test_nothing_of_jnp_takes_it_for_an_array():
-    with pytest.raises(TypeError):
-        jnp.asarray(weight(16, 32))
