@@ -31,7 +31,7 @@ class Model:
       dtype: in which to compare. A deep network of ReLUs and batch statistics turns roundings into
         other signs, so that its float32 gradients differ by percents from one compilation to
         another; in float64 they can be compared.
-      quick: whether a test can afford it.
+      quick: whether it is among the tests that are run every time; the others are marked slow.
     """
 
     name: str
@@ -316,12 +316,12 @@ def _gated_linear_rnn(key: jax.Array):
     return _gated_rnn(key, recurrent=False)
 
 
-@model("gated RNN, nn.scan", "flax-gated-linear-rnn", "flax_gated_linear_rnn", "Linen")
+@model("gated RNN, nn.scan", "flax-gated-linear-rnn", "flax_gated_linear_rnn", "Linen", quick=False)
 def _gated_scanned_rnn(key: jax.Array):
     return _gated_rnn(key, recurrent=True)
 
 
-@model("mixture of experts", "nano-moe-jax", "nano_moe", "Linen")
+@model("mixture of experts", "nano-moe-jax", "nano_moe", "Linen", quick=False)
 def _nano_moe(key: jax.Array):
     from nano_moe.config import NanoMoEConfig
     from nano_moe.model import NanoMoE
@@ -363,7 +363,7 @@ def _nnx(build: Callable[..., Any], *args: Any, train: bool = False) -> tuple[An
     return params, modes
 
 
-@model("Mamba-2", "mamba2-jax", "mamba2_jax", "NNX")
+@model("Mamba-2", "mamba2-jax", "mamba2_jax", "NNX", quick=False)
 def _mamba2(key: jax.Array):
     from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 
@@ -398,7 +398,7 @@ def _mamba3(key: jax.Array):
     return _mamba3_of(key)
 
 
-@model("Mamba-3, MIMO", "mamba3-jax", "mamba3_jax", "NNX")
+@model("Mamba-3, MIMO", "mamba3-jax", "mamba3_jax", "NNX", quick=False)
 def _mamba3_mimo(key: jax.Array):
     return _mamba3_of(key, is_mimo=True, mimo_rank=2, tie_word_embeddings=False)
 
@@ -425,7 +425,7 @@ def _graph_attention(key: jax.Array):
     return _nnx(gat, nodes, jnp.asarray(GRAPH), train=True)
 
 
-@model("GraphSAGE, LSTM over layers", "jraphx", "jraphx", "NNX")
+@model("GraphSAGE, LSTM over layers", "jraphx", "jraphx", "NNX", quick=False)
 def _graph_sage(key: jax.Array):
     from jraphx.nn.models import GraphSAGE
 
