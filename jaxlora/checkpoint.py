@@ -326,12 +326,15 @@ def _is_whole_version(child: epath.Path) -> bool:
 
 @contextlib.contextmanager
 def _writing(root: epath.Path) -> Iterator[None]:
-    """Errors of files and of orbax as `CheckpointError`s."""
+    """Errors of files and of orbax as `CheckpointError`s; nothing half-written is left."""
     try:
         yield
-    except TargetError:
-        raise
     except Exception as error:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                _remove_temporary(root)
+        if isinstance(error, TargetError):
+            raise
         raise CheckpointError(
             f"{root}: got a directory that cannot be written ({type(error).__name__}: "
             f"{str(error)[:1000]}), expected one with room for an adapter. What was there before "
@@ -356,9 +359,17 @@ def _sync(root: epath.Path, new: epath.Path) -> None:
 def _remove_others(root: epath.Path, new: epath.Path) -> None:
     """Takes away older versions, and what killed saves have left."""
     for child in list(root.iterdir()):
-        name = child.name.partition(_TEMPORARY)[0]
-        left = child.name != name and _VERSION.fullmatch(name)
-        if left or (child != new and _is_whole_version(child)):
+        if child.name != new.name and _is_whole_version(child):
+            # Renamed first: what is left of it if this is killed is known for what it is.
+            child.rename(root / f"{child.name}{_TEMPORARY}")
+    _remove_temporary(root)
+
+
+def _remove_temporary(root: epath.Path) -> None:
+    """Takes away what is of no whole version; `save` made it, to go by its name."""
+    for child in list(root.iterdir()):
+        name, suffix, _ = child.name.partition(_TEMPORARY)
+        if suffix and _VERSION.fullmatch(name):
             child.rmtree(missing_ok=True)
 
 
