@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import processes
 import pytest
 from cases import CASES
 from flax import nnx
@@ -42,7 +44,7 @@ from jaxlora._errors import CheckpointError, TargetError
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
-SRC = pathlib.Path(__file__).parent.parent
+TESTS = pathlib.Path(__file__).parent
 
 
 def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
@@ -90,18 +92,11 @@ def files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 # --- Every bit comes back -------------------------------------------------------------------------
 
-KINDS = sorted(CASES)[::12]
+KINDS = sorted(CASES)[::16]
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_cases_come_back(name: str, tmp_path):
-    lora, _ = CASES[name].lora()
-    assert_round_trip(tmp_path, randomized(lora))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(KINDS)))
-def test_all_cases_come_back(name: str, tmp_path):
     lora, _ = CASES[name].lora()
     assert_round_trip(tmp_path, randomized(lora))
 
@@ -644,7 +639,7 @@ def test_damage(saved, tmp_path):
 
 @pytest.mark.slow
 def test_much_damage(saved, tmp_path):
-    survive(saved, tmp_path, 10_000)
+    survive(saved, tmp_path, 1_000)
 
 
 def rewritten(saved: Any, tmp_path: pathlib.Path, change: Any) -> Any:
@@ -766,12 +761,17 @@ def test_no_pickle(tmp_path, monkeypatch):
 # --- Writing that fails --------------------------------------------------------------------------
 
 
-def run_python(code: str, *args: Any, check: bool = True, **options: Any) -> Any:
-    """In a process of its own, with one device."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SRC), "JAX_NUM_CPU_DEVICES": "1"}
-    env.pop("XLA_FLAGS", None)
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, check=check, capture_output=True, text=True, env=env, **options)
+def environment() -> dict[str, str]:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)}
+    return {k: v for k, v in env.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+
+
+def run_python(*args: Any) -> str:
+    """What a process of its own prints."""
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 FAILING = """
@@ -809,7 +809,7 @@ def test_the_old_adapter_survives_a_failed_save():
     """On a full disk, and in a directory that may not be written to."""
     with tempfile.TemporaryDirectory(prefix="jaxlora-test-") as directory:
         os.chmod(directory, 0o755)
-        got = run_python(FAILING, pathlib.Path(directory) / "adapter").stdout
+        got = run_python("-c", FAILING, pathlib.Path(directory) / "adapter")
     assert "full" in got
     assert "File too large" in got
     assert "read-only" in got
@@ -834,3 +834,40 @@ def test_a_failed_save_is_tidied_up(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="space"):
             manager.wait_until_finished()
         assert manager.latest_step() is None
+
+
+# --- Runs that are killed; several processes ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(2, 0), *(pytest.param(20, k, marks=pytest.mark.slow) for k in (1, 2))]
+)
+def test_killed_at_any_moment(kills: int, seed: int, tmp_path):
+    """The previous step is whole, and the run goes on with bitwise the same losses."""
+    assert "the same losses" in run_python(TESTS / "interrupted.py", tmp_path, kills, seed)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Each has a part of the arrays; then one process on one device has all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands = [
+        [sys.executable, str(TESTS / "processes.py"), str(tmp_path), str(port), str(index)]
+        for index in range(2)
+    ]
+    running = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+        for c in commands
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0].decode() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(text.rstrip().endswith("done") for text in said), said
+    params = processes.base()
+    expected = jaxlora.partition(processes.adapter(params))[0]
+    for path in (tmp_path / "adapter", tmp_path / "run" / "1" / "lora"):
+        assert_same(jaxlora.partition(checkpoint.restore(path, params))[0], expected)
