@@ -180,7 +180,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
     def _read(self, directory: epath.Path, description: Description) -> dict[str, np.ndarray]:
         """The packed arrays, every bit of them checked, and none larger than its files."""
         described = {name: (dtype, shape) for name, (dtype, shape, _) in description.arrays.items()}
-        _check_size(directory, described)
+        _check_files(directory, described)
         try:
             stored = self._arrays.metadata(directory).tree
             found = {name: (str(jnp.dtype(x.dtype)), tuple(x.shape)) for name, x in stored.items()}
@@ -266,6 +266,8 @@ def _write(file: epath.Path, description: Description, arrays: Mapping[str, Any]
 def _read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
     try:
+        if not file.is_file():  # nor a pipe or a device, of which reading might not end
+            raise FileNotFoundError("no such file")
         if file.stat().length > _description.LIMIT:
             raise OSError(f"it has more than {_description.LIMIT:,} bytes")
         data = file.read_bytes()
@@ -277,16 +279,19 @@ def _read_description(directory: epath.Path) -> Description:
     return _description.decode(data, str(file))
 
 
-def _check_size(
+def _check_files(
     directory: epath.Path, described: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> None:
-    """Raises if more is described than there is: before anything of that size is allocated."""
-    expected = sum(jnp.dtype(d).itemsize * math.prod(shape) for d, shape in described.values())
+    """Raises if files are not of the size that is described, before anything is allocated."""
     if not os.path.isdir(directory):  # a store in the network, which has no quick way to know
         return
     files = [os.path.join(at, name) for at, _, names in os.walk(directory) for name in names]
-    got = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
-    if got < expected:
+    for file in files:
+        if not os.path.isfile(file):
+            raise _damaged(directory, f"{file} is no regular file")
+    expected = sum(jnp.dtype(d).itemsize * math.prod(shape) for d, shape in described.values())
+    got = sum(map(os.path.getsize, files))
+    if not expected <= got <= 2 * expected + _description.LIMIT:
         raise _damaged(directory, f"{got:,} bytes of files, {expected:,} of arrays")
 
 
