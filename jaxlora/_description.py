@@ -91,6 +91,8 @@ def config_to_json(config: Any) -> Any:
         return [config_to_json(value) for value in config]
     if config is None or isinstance(config, str | bool | int | float):
         return config
+    if isinstance(config, np.generic):
+        return config.item()
     try:
         return jnp.dtype(config).name
     except TypeError:

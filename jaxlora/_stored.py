@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,15 +31,22 @@ def described(lora: Any, config: Any) -> tuple[Description, dict[str, Any]]:
             "checkpoint.save: got a tree without adapters, expected one from jaxlora.init: "
             "jaxlora.combine(trainable, frozen)."
         )
+    for path, node in nodes.items():
+        _check_values(path, node)
     parts = {path: _parts(node) for path, node in nodes.items()}
     flat = [(path, name, x) for path, named in parts.items() for name, x in named.items()]
-    _check_values(flat)
     packed, places = pack([x for _, _, x in flat])
     where: dict[str, dict[str, Any]] = {path: {} for path in nodes}
     for (path, name, x), at in zip(flat, places, strict=True):
         where[path][name] = (str(x.dtype), at)
     # Those over several processes take part now; the rest can wait for the thread that writes.
     sums = {name: "" if is_whole(x) else checksum(x) for name, x in packed.items()}
+    is_settings = dataclasses.is_dataclass(config) and not isinstance(config, type)
+    if not (config is None or isinstance(config, Mapping) or is_settings):
+        raise TargetError(
+            f"checkpoint.save: got a config of type {type(config).__name__}, expected a "
+            "jaxlora.LoraConfig or a dict."
+        )
     description = Description(
         versions={"jaxlora": __version__, "jax": jax.__version__},
         config=None if config is None else _description.config_to_json(config),
@@ -71,9 +79,9 @@ def _everywhere(x: Any) -> np.ndarray:
     return np.asarray(x if is_whole(x) else multihost_utils.process_allgather(x, tiled=True))
 
 
-def _check_values(flat: list[tuple[str, str, Any]]) -> None:
-    for path, name, x in flat:
-        if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+def _check_values(path: str, node: Any) -> None:
+    for name, x in vars(node).items():
+        if name != "w" and isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
             raise TargetError(
                 f"{path}: got {name} without values ({type(x).__name__}), expected one with data. "
                 "Call jaxlora.checkpoint outside of jax.jit and jax.eval_shape."
@@ -123,7 +131,7 @@ def check_base(where: str, description: Description, params: Any, allow: bool) -
 
 def _fits(difference: Difference, found: Mapping[str, Leaf]) -> bool:
     """Whether an adapter can be put on a leaf that differs so: another dtype, or quantized."""
-    return difference.what == "kind" and found[difference.path].shape is not None
+    return difference.what == "kind" and "float" in found[difference.path].kind
 
 
 def _hint(odd: list[Difference], adapted: Any, fatal: bool) -> str:

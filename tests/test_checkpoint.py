@@ -114,7 +114,7 @@ def test_settings_come_back(tmp_path):
         alpha=3,
         rank_stabilized=True,
         targets=["query", "out", "experts", "embed"],
-        rank_pattern={"out": 3, "experts": 1},
+        rank_pattern={"out": np.int64(3), "experts": 1},
         alpha_pattern={"query": 5},
         train=["head", "norm"],
         dropout=0.25,
@@ -135,6 +135,7 @@ def test_settings_come_back(tmp_path):
     found = checkpoint.describe(tmp_path)
     assert found["config"]["initializer"].endswith("kaiming_uniform")
     assert found["config"]["dtype"] == "bfloat16"
+    assert found["config"]["rank_pattern"] == {"out": 3, "experts": 1}
     assert found["jax"] == jax.__version__
     assert found["adapters"]["layers/out"]["roles"] == "siio"
     assert found["adapters"]["layers/out"]["rank"] == 3
@@ -262,6 +263,9 @@ def test_shapes_cannot_be_insisted_on(saved):
     for allow in (False, True):
         with pytest.raises(CheckpointError, match=r"up/kernel: got \(7, 8\), expected \(6, 8\)"):
             checkpoint.restore(directory, other, allow_base_mismatch=allow)
+    integers = {**params, "up": {**params["up"], "kernel": jnp.zeros((6, 8), jnp.int32)}}
+    with pytest.raises(CheckpointError, match="up/kernel: got int32"):
+        checkpoint.restore(directory, integers, allow_base_mismatch=True)
 
 
 def test_a_norm_of_another_base_is_not_kept(tmp_path):
@@ -322,6 +326,10 @@ def test_bad_trees(saved, tmp_path):
         jax.eval_shape(lambda lora: checkpoint.save(tmp_path, lora), lora)
     with pytest.raises(TargetError, match="with data"):
         checkpoint.restore(directory, jax.eval_shape(lambda: params))
+    with pytest.raises(TargetError, match=r"outside of jax\.jit"):
+        jax.eval_shape(lambda s: checkpoint.save(tmp_path, jaxlora.with_scale(lora, s)), 1.0)
+    with pytest.raises(TargetError, match="config of type str"):
+        checkpoint.save(tmp_path, lora, config="rank 8")
     with pytest.raises(TargetError, match="same path"):
         checkpoint.save(tmp_path, {**lora, "up/kernel": jnp.ones(2)})
     assert not list(tmp_path.iterdir())  # nothing half-made is left
