@@ -11,10 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlora._moves import RANK, project
 from jaxlora._quantized import is_quantized
 from jaxlora._quantized_array import QuantizedArray, others
-
-RANK = -1
 
 
 def dims_of(name: str, roles: str) -> tuple[int, ...]:
@@ -52,8 +51,7 @@ def place(x: np.ndarray, w: Any, dims: Sequence[int]) -> jax.Array:
     sharding = anchor.sharding
     if isinstance(sharding, NamedSharding):
         spec = _spec(w, tuple(sharding.spec))
-        wanted = P(*(spec[d] if 0 <= d < len(spec) else None for d in dims))
-        sharding = NamedSharding(sharding.mesh, wanted)
+        sharding = NamedSharding(sharding.mesh, project(spec, tuple(dims)))
     elif len(sharding.device_set) == 1:
         return jax.device_put(x, next(iter(sharding.device_set)))
     else:

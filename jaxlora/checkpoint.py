@@ -22,7 +22,7 @@ from etils import epath
 
 from jaxlora import _description, _paths
 from jaxlora._description import Description
-from jaxlora._errors import CheckpointError, TargetError
+from jaxlora._errors import CheckpointError, RolesError, TargetError
 from jaxlora._packed import checksum
 from jaxlora._stored import check_base, described, on_base
 
@@ -64,6 +64,11 @@ def save(path: str | os.PathLike, lora: Any, *, config: Any = None) -> None:
     True
     """
     root = _absolute(path)
+    if (root / DESCRIPTION).exists():
+        raise CheckpointError(
+            f"{root}: got a directory that is one version of an adapter, or an item of a "
+            "checkpoint, expected another: jaxlora.checkpoint.save makes versions of its own there."
+        )
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
         numbers = [int(m[1]) for m in map(_VERSION.match, _names(root)) if m]
@@ -72,7 +77,8 @@ def save(path: str | os.PathLike, lora: Any, *, config: Any = None) -> None:
             checkpointer.save(new, args=Save(lora, config=config))
         if jax.process_index() == 0:
             _sync(root, new)
-            _remove_others(root, new)
+    if jax.process_index() == 0:
+        _remove_others(root, new)
 
 
 def restore(path: str | os.PathLike, params: Any, *, allow_base_mismatch: bool = False) -> Any:
@@ -179,21 +185,21 @@ class _Handler(ocp.AsyncCheckpointHandler):
 
     def _read(self, directory: epath.Path, description: Description) -> dict[str, np.ndarray]:
         """The packed arrays, every bit of them checked, and none larger than its files."""
-        described = {name: (dtype, shape) for name, (dtype, shape, _) in description.arrays.items()}
-        _check_files(directory, described)
+        expected = {name: (dtype, shape) for name, (dtype, shape, _) in description.arrays.items()}
+        _check_files(directory, expected)
         try:
             stored = self._arrays.metadata(directory).tree
             found = {name: (str(jnp.dtype(x.dtype)), tuple(x.shape)) for name, x in stored.items()}
-            if found != described:
-                raise ValueError(f"it has {found}, and {DESCRIPTION} says {described}")
-            as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in described}
+            if found != expected:
+                raise ValueError(f"it has {found}, and {DESCRIPTION} says {expected}")
+            as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected}
             arrays = self._arrays.restore(
                 directory, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
             )
-            for name, (_, _, expected) in description.arrays.items():
+            for name, (_, _, known) in description.arrays.items():
                 got = checksum(arrays[name])
-                if got != expected:
-                    raise ValueError(f"{name} has checksum {got}, expected {expected}")
+                if got != known:
+                    raise ValueError(f"{name} has checksum {got}, expected {known}")
         except Exception as error:  # whatever orbax makes of damaged files
             raise _damaged(directory, error) from error
         return arrays
@@ -279,9 +285,7 @@ def _read_description(directory: epath.Path) -> Description:
     return _description.decode(data, str(file))
 
 
-def _check_files(
-    directory: epath.Path, described: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> None:
+def _check_files(directory: epath.Path, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Raises if files are not of the size that is described, before anything is allocated."""
     if not os.path.isdir(directory):  # a store in the network, which has no quick way to know
         return
@@ -289,7 +293,7 @@ def _check_files(
     for file in files:
         if not os.path.isfile(file):
             raise _damaged(directory, f"{file} is no regular file")
-    expected = sum(jnp.dtype(d).itemsize * math.prod(shape) for d, shape in described.values())
+    expected = sum(jnp.dtype(d).itemsize * math.prod(shape) for d, shape in arrays.values())
     got = sum(map(os.path.getsize, files))
     if not expected <= got <= 2 * expected + _description.LIMIT:
         raise _damaged(directory, f"{got:,} bytes of files, {expected:,} of arrays")
@@ -338,7 +342,7 @@ def _writing(root: epath.Path) -> Iterator[None]:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 _remove_temporary(root)
-        if isinstance(error, TargetError):
+        if isinstance(error, TargetError | RolesError):
             raise
         raise CheckpointError(
             f"{root}: got a directory that cannot be written ({type(error).__name__}: "
@@ -349,7 +353,7 @@ def _writing(root: epath.Path) -> Iterator[None]:
 
 def _sync(root: epath.Path, new: epath.Path) -> None:
     """Has the system write a version to the disk, be it that the machine stops next."""
-    if not os.path.isdir(new):
+    if os.name != "posix" or not os.path.isdir(new):
         return
     directories = [at for at, _, _ in os.walk(new)]
     files = [os.path.join(at, name) for at, _, names in os.walk(new) for name in names]
@@ -363,11 +367,17 @@ def _sync(root: epath.Path, new: epath.Path) -> None:
 
 def _remove_others(root: epath.Path, new: epath.Path) -> None:
     """Takes away older versions, and what killed saves have left."""
-    for child in list(root.iterdir()):
-        if child.name != new.name and _is_whole_version(child):
-            # Renamed first: what is left of it if this is killed is known for what it is.
-            child.rename(root / f"{child.name}{_TEMPORARY}")
-    _remove_temporary(root)
+    try:
+        for child in list(root.iterdir()):
+            if child.name != new.name and _is_whole_version(child):
+                # Renamed first: what is left of it if this is killed is known for what it is.
+                child.rename(root / f"{child.name}{_TEMPORARY}")
+        _remove_temporary(root)
+    except OSError as error:
+        raise CheckpointError(
+            f"{root}: got older versions that cannot be removed ({error}), expected to be allowed "
+            f"to. The adapter is saved, in {new}; remove them by hand."
+        ) from error
 
 
 def _remove_temporary(root: epath.Path) -> None:
