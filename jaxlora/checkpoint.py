@@ -272,7 +272,8 @@ def _write(file: epath.Path, description: Description, arrays: Mapping[str, Any]
 def _read_description(directory: epath.Path) -> Description:
     file = directory / DESCRIPTION
     try:
-        if not file.is_file():  # nor a pipe or a device, of which reading might not end
+        # Nor a pipe or a device, of which reading might not end; epath takes those for files.
+        if not (os.path.isfile(file) if os.path.exists(file) else file.exists()):
             raise FileNotFoundError("no such file")
         if file.stat().length > _description.LIMIT:
             raise OSError(f"it has more than {_description.LIMIT:,} bytes")

@@ -654,6 +654,19 @@ def test_damage(saved, tmp_path):
     survive(saved, tmp_path, 60)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_what_is_no_file_is_not_read(kind: str, saved, tmp_path):
+    """Reading it would not end."""
+    directory, params, lora = saved
+    for i, path in enumerate(files(directory)):
+        copy = tmp_path / str(i)
+        shutil.copytree(directory, copy)
+        changed = copy / path.relative_to(directory)
+        changed.unlink()
+        os.mkfifo(changed) if kind == "pipe" else changed.symlink_to(kind)
+        assert outcome(copy, params, lora) == "refused"
+
+
 @pytest.mark.slow
 def test_much_damage(saved, tmp_path):
     survive(saved, tmp_path, 1_000)
