@@ -1,8 +1,18 @@
-"""The three ways in which a request can be wrong. All are ValueErrors."""
+"""The ways in which a request can be wrong. All are ValueErrors."""
 
 
 class TargetError(ValueError):
     """A pattern that matches nothing, or a leaf that cannot carry an adapter."""
+
+
+class CheckpointError(TargetError):
+    """Files that hold no whole adapter, or one that does not belong on the params.
+
+    Attributes:
+      paths: where the params differ from the adapter's base, if that is what is wrong.
+    """
+
+    paths: tuple[str, ...] = ()
 
 
 class RolesError(ValueError):

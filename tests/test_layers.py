@@ -60,6 +60,13 @@ ORDER = [
     "_adamw_8bit",
     "optim",
     "__init__",
+    # Imported by the user; and what is theirs alone.
+    "_fingerprint",
+    "_packed",
+    "_placement",
+    "_description",
+    "_stored",
+    "checkpoint",
 ]
 
 
@@ -111,3 +118,10 @@ def test_import_adds_no_dependency():
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     ).split()
     assert set(loaded) <= {"jaxlora", "difflib", "hashlib", "_hashlib", "_blake2"}
+
+
+@pytest.mark.parametrize(("module", "needs"), [("checkpoint", "orbax")])
+def test_optional_modules_are_imported_by_the_user(module: str, needs: str):
+    code = "import sys, jaxlora{}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+    assert not {needs} & set(run(code.format("")).split())
+    assert needs in run(code.format(f".{module}")).split()
