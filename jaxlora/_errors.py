@@ -20,4 +20,4 @@ class RolesError(ValueError):
 
 
 class MaterializeError(ValueError):
-    """A use of an adapted weight that would have to form W + BA."""
+    """A use of an adapted or quantized weight that would have to form its value as an array."""

@@ -668,7 +668,7 @@ def lookup(codes: jax.Array, table: np.ndarray) -> jax.Array:
     """table[codes] of 16 entries.
 
     As a gather, which XLA:TPU makes compares and selects of, and XLA:CPU vector instructions. By
-    hand, selects or arithmetic on the codes' bits are slower in a train step on both; and selects
-    need constants in the size of the weight, which a scan keeps for all of its steps.
+    hand, selects or arithmetic on the codes' bits are slower on both; and selects need constants in
+    the size of the weight, which a scan keeps for all of its steps.
     """
     return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
