@@ -1,4 +1,4 @@
-"""The three ways in which a request can be wrong. All are ValueErrors."""
+"""The ways in which a request, or a file, can be wrong. All are ValueErrors."""
 
 
 class TargetError(ValueError):
@@ -11,3 +11,7 @@ class RolesError(ValueError):
 
 class MaterializeError(ValueError):
     """A use of an adapted weight that would have to form W + BA."""
+
+
+class AdapterFileError(ValueError):
+    """A file of an adapter that is damaged, that does not fit, or that cannot be represented."""

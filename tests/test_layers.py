@@ -59,6 +59,14 @@ ORDER = [
     "_adamw_8bit",
     "optim",
     "__init__",
+    "_safe_regex",
+    "_peft_files",
+    "_peft_names",
+    "_peft_layouts",
+    "_peft_config",
+    "_peft_load",
+    "_peft_save",
+    "peft",
 ]
 
 
