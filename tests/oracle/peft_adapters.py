@@ -209,9 +209,9 @@ def check(root: pathlib.Path) -> None:
         reference = HERE / name
         expected = np.load(reference / "base.npz")["=expected"]
         config = peft.PeftConfig.from_pretrained(folder)
-        model = peft.get_peft_model(base_of(name, reference), config, adapter_name="other")
-        result = model.load_adapter(folder, "ours")
-        missing = [k for k in result.missing_keys if ".ours" in k]
+        tuned = peft.get_peft_model(base_of(name, reference), config)
+        result = tuned.load_adapter(folder, "default")
+        missing = [k for k in result.missing_keys if "default" in k]
         assert not missing and not result.unexpected_keys, (name, missing, result.unexpected_keys)
         plain = peft.PeftModel.from_pretrained(base_of(name, reference), folder)
         error = np.abs(output(plain) - expected).max()
