@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -181,8 +180,8 @@ def _init(value: Any, file: str) -> str | None:
         return value
     raise AdapterFileError(
         f"{file}: got init_lora_weights {str(value)[:200]!r}, expected one of true, false, "
-        "gaussian, eva, orthogonal, pissa, olora. Others move the base in a way that cannot be repeated from "
-        "the base alone. Convert the adapter in PEFT, to plain LoRA of twice the rank: "
+        "gaussian, eva, orthogonal, pissa, olora. Others move the base in a way that cannot be "
+        "repeated from the base alone. Convert the adapter in PEFT, to plain LoRA of twice the rank: "
         "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)."
     )
 
@@ -265,8 +264,9 @@ def selected(config: Config, modules: Iterable[str], parameters: Iterable[str]) 
     out = _targets(config, "exclude_modules", config.excluded, modules, must=False)
     found = {m for m in found - out if not any(is_within(m, saved) for saved in config.saved)}
     if config.layers is not None:
-        found = {m for m in found if _layer(config, m) in config.layers}
-        missing = {*config.layers} - {_layer(config, m) for m in found}
+        of = {m: _layer(config, m) for m in found}
+        found = {m for m in found if of[m] in config.layers or m in (config.targets or ())}
+        missing = {*config.layers} - {*of.values()}
         if missing:
             raise AdapterFileError(
                 f"{config.file}: layers_to_transform: {sorted(missing)[0]} is the layer of no "
@@ -283,7 +283,7 @@ def _targets(
     must: bool = True,
 ) -> set[str]:
     if isinstance(wanted, str):
-        found = _guarded(config, field, lambda: Texts(among).full(wanted))
+        found = guarded(config, field, lambda: Texts(among).full(wanted))
         if not found and must:
             raise _unknown(config, field, wanted, among)
         return found
@@ -301,14 +301,22 @@ def _targets(
 
 
 def _unknown(config: Config, field: str, name: str, among: list[str]) -> AdapterFileError:
-    near = _paths.listing(_paths.nearest(name[:200], among)) if among else " none"
+    listed = nearest(name, among) if among else " none"
     return AdapterFileError(
         f"{config.file}: {field}: {name[:200]!r} is no module that the map leads to, expected each "
-        f"target to be one. Give it an entry of `names`. The nearest are:{near}"
+        f"target to be one. Give it an entry of `names`. The nearest are:{listed}"
     )
 
 
-def _guarded(config: Config, field: str, run: Callable[[], Any]) -> Any:
+def nearest(name: str, among: Iterable[str], n: int = 5) -> str:
+    """The names most like one, of those with its last segment if there are any; in bounded time."""
+    among = list(among)
+    last = name.rpartition(".")[2]
+    alike = [x for x in among if has_tail(x, last)] or among
+    return _paths.listing(_paths.nearest(name[:200], [x[:200] for x in alike[:200]], n))
+
+
+def guarded(config: Config, field: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except ValueError as error:
@@ -328,38 +336,3 @@ def _layer(config: Config, module: str) -> int | None:
         elif k >= 2:  # PEFT's own pattern wants a name and a prefix before the number
             return int(parts[k])
     return None
-
-
-def strengths(config: Config, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-    """The rank and the scale of each module.
-
-    Raises:
-      AdapterFileError: patterns of which two fit one module with different values, since PEFT
-        takes the first and sorts them on disk.
-    """
-    modules = list(modules)
-    ranks = _by_pattern(config, "rank_pattern", config.rank_pattern, modules)
-    alphas = _by_pattern(config, "alpha_pattern", config.alpha_pattern, modules)
-    found = {}
-    for m in modules:
-        rank, alpha = ranks.get(m, config.rank), alphas.get(m, config.alpha)
-        found[m] = rank, alpha / (math.sqrt(rank) if config.rslora else rank)
-    return found
-
-
-def _by_pattern(
-    config: Config, field: str, patterns: dict[str, Any], modules: list[str]
-) -> dict[str, Any]:
-    texts = Texts(modules)
-    found: dict[str, tuple[str, Any]] = {}
-    for key, value in patterns.items():
-        for module in _guarded(config, field, functools.partial(texts.tail, key)):
-            if module in found and found[module][1] != value:
-                raise AdapterFileError(
-                    f"{config.file}: {field}: {found[module][0][:200]!r} and {key[:200]!r} both "
-                    f"fit {module}, with {found[module][1]} and {value}, expected one value. PEFT "
-                    "takes the first, and sorts them when it saves, so that the one that was meant "
-                    "is lost: give exact names."
-                )
-            found.setdefault(module, (key, value))
-    return {module: value for module, (_, value) in found.items()}

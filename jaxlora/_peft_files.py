@@ -168,7 +168,9 @@ def _tensor(file: pathlib.Path, key: str, view: dict[str, Any]) -> np.ndarray:
         raise AdapterFileError(
             f"{file}: {key}: got dtype {view['dtype']}, expected one of {', '.join(_DTYPES)}."
         )
-    array = np.frombuffer(view["data"], dtype).reshape(view["shape"])
+    empty = 0 in view["shape"]
+    array = np.zeros(0, dtype) if empty else np.frombuffer(view["data"], dtype)
+    array = array.reshape(view["shape"])
     check_finite(array, f"{file}: {key}")
     return array
 

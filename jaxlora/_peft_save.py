@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +23,7 @@ from jaxlora._peft_layouts import (
     used_ranks,
 )
 from jaxlora._peft_names import Map, Place, Slot
+from jaxlora._peft_strengths import alpha_of, fields_of
 from jaxlora._quantized import dense
 from jaxlora._weight import FullWeight, LoraWeight, is_node
 
@@ -121,7 +119,7 @@ class _Saver:
             "lora_dropout": self._dropout(),
             "fan_in_fan_out": any(names.places[at].kind == "conv1d" for at in adapted),
             **self._targets(),
-            **_strength(
+            **fields_of(
                 {names.places[at].name: (f.rank, float(f.scale)) for at, f in adapted.items()},
                 plain=for_serving,
             ),
@@ -143,7 +141,7 @@ class _Saver:
                 part = part.ranks(mine | ~others)  # without the ranks of other modules
                 part = part if part.rank else None
             parts.append(part)
-        if any(p is not None for p in parts) and not _adaptable(place):
+        if any(p is not None for p in parts) and not place.adaptable:
             raise TargetError(
                 f"{place.slot.path}: an adapter on the parameter {place.parameter!r} of "
                 f"{place.module}, which PEFT can adapt as a parameter alone, expected 'kind': "
@@ -202,7 +200,8 @@ class _Saver:
         rank = max(f.rank for f in adapted.values())
         first = next(iter(adapted.values())).scale
         alike = all(f.scale == first for f in adapted.values())
-        scale = first if alike and _whole_number(float(first) * rank) else np.float32(1)
+        whole = isinstance(alpha_of(rank, float(first), rslora=False), int)
+        scale = first if alike and whole else np.float32(1)
         return {at: f.at_scale(scale).padded(rank) for at, f in adapted.items()}
 
     def _write_factors(self) -> None:
@@ -333,7 +332,7 @@ class _Saver:
         node = self.nodes[slot.path]
         value, base = (np.asarray(to_matrix(dense(x), slot.roles)) for x in (node.value, node.w))
         changed = {int(k) for k in np.flatnonzero(np.any(value != base, axis=-1))}
-        if changed - {*rows} or max(rows) >= len(base) or len({*rows}) < len(rows):
+        if changed - {*rows} or max(rows) >= len(base):
             raise TargetError(
                 f"{slot.path}: got rows that differ from the base's, {sorted(changed)[:8]}, "
                 f"expected some of `tokens`, {rows[:8]}, each once. To save the whole table, leave "
@@ -342,10 +341,6 @@ class _Saver:
         key = f"{_PREFIX}{place.module}.token_adapter.trainable_tokens_delta"
         self.tensors[key] = np.ascontiguousarray(value[rows])
         return rows
-
-
-def _adaptable(place: Place) -> bool:
-    return place.kind == "parameter" or place.parameter == "weight"
 
 
 def _copy(x: np.ndarray) -> np.ndarray:
@@ -386,51 +381,6 @@ def _factors(slot: Slot, lw: LoraWeight) -> dict[tuple[int, ...], Factors | None
                 last = max(last, 1)
             found[index] = f.ranks(np.arange(f.rank) < last) if last else None
     return found
-
-
-def _whole_number(x: float) -> bool:
-    return abs(x - round(x)) < 1e-4 and np.float32(round(x)) != 0
-
-
-def _alpha(rank: int, scale: float, rslora: bool) -> float | int:
-    """The alpha whose scale is that one: an integer if there is one."""
-    by = math.sqrt(rank) if rslora else rank
-    alpha = scale * by
-    if np.float32(round(alpha) / by) == np.float32(scale):
-        return round(alpha)
-    return alpha
-
-
-def _strength(each: Mapping[str, tuple[int, float]], plain: bool) -> dict[str, Any]:
-    """r, alpha and the patterns; rsLoRA if its alphas are integers and plain ones are not."""
-
-    def alphas(rslora: bool) -> dict[str, float | int]:
-        return {name: _alpha(rank, scale, rslora) for name, (rank, scale) in each.items()}
-
-    rslora, found = False, alphas(False)
-    if not plain and not all(isinstance(x, int) for x in found.values()):
-        other = alphas(True)
-        if all(isinstance(x, int) for x in other.values()):
-            rslora, found = True, other
-    rank = _commonest(rank for rank, _ in each.values())
-    alpha = _commonest(found.values())
-    return {
-        "r": 8 if rank is None else rank,
-        "lora_alpha": 8 if alpha is None else alpha,
-        "use_rslora": rslora,
-        "rank_pattern": {exact(n): r for n, (r, _) in each.items() if r != rank},
-        "alpha_pattern": {exact(n): x for n, x in found.items() if x != alpha},
-    }
-
-
-def _commonest(values: Iterable[Any]) -> Any:
-    counted = collections.Counter(values).most_common(1)
-    return counted[0][0] if counted else None
-
-
-def exact(name: str) -> str:
-    """The regex that PEFT matches to this module and no other."""
-    return "^" + re.escape(name)
 
 
 def whole_config(fields: Mapping[str, Any], base_model_name: str | None, task: str | None) -> dict:

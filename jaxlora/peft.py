@@ -13,8 +13,10 @@ import jax
 
 from jaxlora import _paths, _peft_config, _peft_files
 from jaxlora._errors import AdapterFileError, TargetError
+from jaxlora._init import check_shared
+from jaxlora._peft_entries import Names
 from jaxlora._peft_load import check_allow, load_tree
-from jaxlora._peft_names import Map, Names, plain_leaves
+from jaxlora._peft_names import Map, plain_leaves
 from jaxlora._peft_save import save_tree, whole_config
 from jaxlora._tree import base_params
 from jaxlora._weight import is_node
@@ -88,7 +90,9 @@ def load(
     known = Map(names, leaves, roles)
     tensors = _peft_files.read_tensors(where)
     file = str(where / _peft_files.WEIGHTS)
-    return jax.tree.unflatten(treedef, load_tree(config, file, tensors, pairs, known, permitted))
+    loaded = load_tree(config, file, tensors, pairs, known, permitted)
+    check_shared(params, {path for (path, _), x in zip(pairs, loaded, strict=True) if is_node(x)})
+    return jax.tree.unflatten(treedef, loaded)
 
 
 def save(
