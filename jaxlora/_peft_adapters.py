@@ -73,7 +73,11 @@ def _adapter(r: Reading, slot: Slot, factors: Mapping[str, Factors]) -> LoraWeig
             parts.append(None if found is None else found.outputs(piece.at, piece.at + size))
             sizes.append(size)
         if r.config.dora and any(parts) and not all(parts):
-            parts = [p or _still(r, slot, index, k) for k, p in enumerate(parts)]
+            raise AdapterFileError(
+                f"{r.config.file}: use_dora: {slot.modules[(*index, parts.index(None))]} has no "
+                f"adapter and others of {slot.path} have one, expected all or none, since DoRA's "
+                "magnitude is that of the whole weight."
+            )
         each[index] = side_by_side(parts, sizes)
     some = next((f for f in each.values() if f is not None), None)
     if some is None:
@@ -84,7 +88,7 @@ def _adapter(r: Reading, slot: Slot, factors: Mapping[str, Factors]) -> LoraWeig
         index: _none(r, slot, index, some, rank) if f is None else f.padded(rank)
         for index, f in each.items()
     }
-    a, b = (_stacked(r, slot, {i: getattr(f, x) for i, f in filled.items()}) for x in "ab")
+    a, b = (_stacked(slot, {i: getattr(f, x) for i, f in filled.items()}) for x in "ab")
     scale = np.array([f.scale for f in filled.values()], np.float32).reshape(slot.looped)
     for size in slot.experts:
         scale = np.broadcast_to(scale[..., None], (*scale.shape, size))
@@ -108,17 +112,9 @@ def _adapter(r: Reading, slot: Slot, factors: Mapping[str, Factors]) -> LoraWeig
     )
 
 
-def _stacked(r: Reading, slot: Slot, each: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:
+def _stacked(slot: Slot, each: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:
     rows = np.stack(list(each.values()))
     return rows.reshape(*slot.looped, *rows.shape[1:])
-
-
-def _still(r: Reading, slot: Slot, index: tuple[int, ...], k: int) -> Factors:
-    raise AdapterFileError(
-        f"{r.config.file}: use_dora: {slot.modules[(*index, k)]} has no adapter and others "
-        f"of {slot.path} have one, expected all or none, since DoRA's magnitude is that of the "
-        "whole weight."
-    )
 
 
 def _none(r: Reading, slot: Slot, index: tuple[int, ...], like: Factors, rank: int) -> Factors:

@@ -181,8 +181,8 @@ def _init(value: Any, file: str) -> str | None:
     raise AdapterFileError(
         f"{file}: got init_lora_weights {str(value)[:200]!r}, expected one of true, false, "
         "gaussian, eva, orthogonal, pissa, olora. Others move the base in a way that cannot be "
-        "repeated from the base alone. Convert the adapter in PEFT, to plain LoRA of twice the rank: "
-        "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        "repeated from the base alone. Convert the adapter in PEFT, to plain LoRA of twice the "
+        "rank: model.save_pretrained(..., path_initial_model_for_weight_conversion=...)."
     )
 
 

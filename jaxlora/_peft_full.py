@@ -27,6 +27,7 @@ def full_weights(r: Reading) -> dict[str, FullWeight]:
         full = _full(r, slot, values)
         if full is not None:
             found[slot.path] = full
+    _check_bases(r, values)
     for slot, rows, value in _tokens(r):
         if slot.path in found:
             raise AdapterFileError(
@@ -38,6 +39,13 @@ def full_weights(r: Reading) -> dict[str, FullWeight]:
         table[list(rows)] = value
         found[slot.path] = FullWeight(w=w, value=whole(slot, table, w))
     return found
+
+
+def _check_bases(r: Reading, values: Mapping[tuple[str, str], np.ndarray]) -> None:
+    """PEFT saves the embeddings of a model whose vocabulary was resized: they must be ours."""
+    for at, place in r.names.places.items():
+        if place.slot.is_matrix and len(place.pieces) == 1 and at not in values:
+            r.check_base(place, f"{PREFIX}{place.module}.{place.parameter}")
 
 
 def _saved(r: Reading) -> dict[tuple[str, str], np.ndarray]:

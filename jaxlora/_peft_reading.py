@@ -95,7 +95,12 @@ class Reading:
         if key not in self.tensors:
             return
         found = self.tensors.take(key, parameter_shape(place), "it is the base's weight")
-        (piece,) = place.pieces
+        piece = place.pieces[0]
+        if (piece.start, piece.stop) != (0, piece.slot.outputs):
+            raise AdapterFileError(
+                f"{self.tensors.file}: {key}: a whole weight of a module that is fused with others "
+                "here, expected none, since the configuration does not ask for it."
+            )
         w = self.leaves[piece.slot.path]
         ours = np.asarray(matrices(piece.slot, w)[piece.index])
         theirs = from_parameter(place, found)

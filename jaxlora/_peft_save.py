@@ -138,7 +138,8 @@ class _Saver:
                 whole, part = part, part.outputs(p.start, p.stop)
                 others = np.any(whole.b != 0, axis=(*range(whole.b.ndim - 2), -1))
                 mine = np.any(part.b != 0, axis=(*range(part.b.ndim - 2), -1))
-                part = part.ranks(mine | ~others)  # without the ranks of other modules
+                if part.magnitude is None:
+                    part = part.ranks(mine | ~others)  # without the ranks of other modules
                 part = part if part.rank else None
             parts.append(part)
         if any(p is not None for p in parts) and not place.adaptable:
