@@ -1,7 +1,7 @@
 """The models of tests/references/peft, in plain JAX: params, the map to PEFT's names, a forward.
 
-    python tests/cases/peft_models.py DIRECTORY     # what jaxlora saves of each, for the oracle
-    python tests/oracle/peft_adapters.py --check DIRECTORY
+python tests/cases/peft_models.py DIRECTORY     # what jaxlora saves of each, for the oracle
+python tests/oracle/peft_adapters.py --check DIRECTORY
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ def llama(base):
 
     attention = {"query": ("q", 4), "key": ("k", 2), "value": ("v", 2)}
     layers = {
-        **{n: {"kernel": stack(f"self_attn.{m}_proj", (16, h, 4))} for n, (m, h) in attention.items()},
+        **{
+            n: {"kernel": stack(f"self_attn.{m}_proj", (16, h, 4))}
+            for n, (m, h) in attention.items()
+        },
         "out": {"kernel": stack("self_attn.o_proj", (4, 4, 16))},
         **{n: {"kernel": stack(f"mlp.{n}_proj")} for n in ("gate", "up", "down")},
         "norm1": {"scale": stack("input_layernorm")},
@@ -101,7 +104,10 @@ def llama(base):
     names = {
         "embed/embedding": embed,
         **{
-            f"layers/{n}/kernel": {"module": f"model.layers.{{}}.self_attn.{m}_proj", "roles": "sioo"}
+            f"layers/{n}/kernel": {
+                "module": f"model.layers.{{}}.self_attn.{m}_proj",
+                "roles": "sioo",
+            }
             for n, (m, _) in attention.items()
         },
         "layers/out/kernel": {"module": "model.layers.{}.self_attn.o_proj", "roles": "siio"},
@@ -146,10 +152,16 @@ def gpt2_forward(params, tokens):
 
 def gpt2(base):
     def norm(name):
-        return {"scale": jnp.asarray(base[f"{name}.weight"]), "bias": jnp.asarray(base[f"{name}.bias"])}
+        return {
+            "scale": jnp.asarray(base[f"{name}.weight"]),
+            "bias": jnp.asarray(base[f"{name}.bias"]),
+        }
 
     def conv1d(name):
-        return {"kernel": jnp.asarray(base[f"{name}.weight"]), "bias": jnp.asarray(base[f"{name}.bias"])}
+        return {
+            "kernel": jnp.asarray(base[f"{name}.weight"]),
+            "bias": jnp.asarray(base[f"{name}.bias"]),
+        }
 
     params = {
         "wte": {"embedding": jnp.asarray(base["transformer.wte.weight"])},
@@ -211,10 +223,16 @@ def bert_forward(params, tokens):
 
 def bert(base):
     def dense(name):
-        return {"kernel": jnp.asarray(base[f"{name}.weight"].T), "bias": jnp.asarray(base[f"{name}.bias"])}
+        return {
+            "kernel": jnp.asarray(base[f"{name}.weight"].T),
+            "bias": jnp.asarray(base[f"{name}.bias"]),
+        }
 
     def norm(name):
-        return {"scale": jnp.asarray(base[f"{name}.weight"]), "bias": jnp.asarray(base[f"{name}.bias"])}
+        return {
+            "scale": jnp.asarray(base[f"{name}.weight"]),
+            "bias": jnp.asarray(base[f"{name}.bias"]),
+        }
 
     layer = "bert.encoder.layer.0"
     inner = [f"{layer}.attention.self.{n}" for n in ("query", "key", "value")]
@@ -263,7 +281,10 @@ def bert(base):
 
 
 def layers_forward(params, tokens):
-    h = jnp.tanh(params["emb"]["embedding"][tokens]) @ params["lin"]["kernel"] + params["lin"]["bias"]
+    h = (
+        jnp.tanh(params["emb"]["embedding"][tokens]) @ params["lin"]["kernel"]
+        + params["lin"]["bias"]
+    )
     h = jnp.tanh(h)
     one = jax.lax.conv_general_dilated(
         h, params["conv1"]["kernel"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
@@ -271,7 +292,11 @@ def layers_forward(params, tokens):
     one = jnp.swapaxes(one + params["conv1"]["bias"], 1, 2)
     image = jnp.moveaxis(h.reshape(2, 2, 5, 3), 1, -1)
     two = jax.lax.conv_general_dilated(
-        image, params["conv2"]["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        image,
+        params["conv2"]["kernel"],
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     two = jnp.moveaxis(two + params["conv2"]["bias"], -1, 1)
     return jnp.concatenate([one.ravel(), two.ravel()])
@@ -357,9 +382,7 @@ def initial(name: str, m: Model) -> Any:
     from jaxlora import initializers
 
     moves = {"pissa": initializers.pissa(), "olora": initializers.olora}
-    config = jaxlora.LoraConfig(
-        rank=2, alpha=3, targets=["up", "down"], initializer=moves[name]
-    )
+    config = jaxlora.LoraConfig(rank=2, alpha=3, targets=["up", "down"], initializer=moves[name])
     return jaxlora.init(jax.random.key(0), m.params, config)
 
 

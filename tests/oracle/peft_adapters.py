@@ -65,7 +65,9 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(3, 6, 8) / 2)
 
     def forward(self, x):
-        return torch.einsum("...eh,eoh->...o", torch.tanh(torch.einsum("...i,ehi->...eh", x, self.up)), self.down)
+        return torch.einsum(
+            "...eh,eoh->...o", torch.tanh(torch.einsum("...i,ehi->...eh", x, self.up)), self.down
+        )
 
 
 class Mixture(nn.Module):
@@ -95,64 +97,148 @@ def llama(tied=False):
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=12, n_embd=12, n_layer=2, n_head=2, n_positions=8, initializer_range=0.3,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        vocab_size=12,
+        n_embd=12,
+        n_layer=2,
+        n_head=2,
+        n_positions=8,
+        initializer_range=0.3,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
     )
     return transformers.GPT2LMHeadModel(config)
 
 
 def bert():
     config = transformers.BertConfig(
-        vocab_size=12, hidden_size=12, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=8, initializer_range=0.3, num_labels=3,
+        vocab_size=12,
+        hidden_size=12,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        initializer_range=0.3,
+        num_labels=3,
     )
     return transformers.BertForSequenceClassification(config)
 
 
 # name: the model, and PEFT's configuration
 CASES = {
-    "llama": (llama, dict(
-        r=4, lora_alpha=6, use_rslora=True, task_type="CAUSAL_LM",
-        target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"],
-        rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"down_proj": 3},
-    )),
-    "llama_layers": (llama, dict(
-        r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], layers_to_transform=[1],
-        layers_pattern="layers",
-    )),
-    "llama_tied": (lambda: llama(True), dict(
-        r=2, lora_alpha=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True,
-    )),
-    "gpt2": (gpt2, dict(
-        r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True,
-    )),
-    "bert": (bert, dict(
-        r=2, lora_alpha=4, target_modules=["query", "dense"], modules_to_save=["classifier"],
-        exclude_modules=["bert.pooler.dense"], bias="all", task_type="SEQ_CLS",
-    )),
-    "layers": (Layers, dict(r=2, lora_alpha=3, target_modules=["emb", "lin", "conv1", "conv2"])),
-    "dora": (Layers, dict(
-        r=2, lora_alpha=3, target_modules=["emb", "lin", "conv1", "conv2"], use_dora=True,
-    )),
-    "lora_bias": (Layers, dict(
-        r=2, lora_alpha=3, target_modules=["lin", "conv1", "conv2"], lora_bias=True,
-        bias="lora_only",
-    )),
-    "tokens": (Linears, dict(
-        r=2, lora_alpha=3, target_modules=r".*\b(up|down)$",
-        trainable_token_indices={"emb": [5, 1]},
-    )),
-    "pissa": (Linears, dict(
-        r=2, lora_alpha=3, target_modules=["up", "down"], init_lora_weights="pissa",
-    )),
-    "olora": (Linears, dict(
-        r=2, lora_alpha=3, target_modules=["up", "down"], init_lora_weights="olora",
-    )),
-    "experts": (Mixture, dict(
-        r=2, lora_alpha=3, target_modules=[], target_parameters=["experts.down", "experts.up"],
-        rank_pattern={"experts.down": 1},
-    )),
-}  # fmt: skip
+    "llama": (
+        llama,
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "use_rslora": True,
+            "task_type": "CAUSAL_LM",
+            "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {"down_proj": 3},
+        },
+    ),
+    "llama_layers": (
+        llama,
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "o_proj"],
+            "layers_to_transform": [1],
+            "layers_pattern": "layers",
+        },
+    ),
+    "llama_tied": (
+        lambda: llama(True),
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["embed_tokens", "q_proj"],
+            "ensure_weight_tying": True,
+        },
+    ),
+    "gpt2": (
+        gpt2,
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "target_modules": ["c_attn", "c_fc"],
+            "fan_in_fan_out": True,
+        },
+    ),
+    "bert": (
+        bert,
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["query", "dense"],
+            "modules_to_save": ["classifier"],
+            "exclude_modules": ["bert.pooler.dense"],
+            "bias": "all",
+            "task_type": "SEQ_CLS",
+        },
+    ),
+    "layers": (
+        Layers,
+        {"r": 2, "lora_alpha": 3, "target_modules": ["emb", "lin", "conv1", "conv2"]},
+    ),
+    "dora": (
+        Layers,
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["emb", "lin", "conv1", "conv2"],
+            "use_dora": True,
+        },
+    ),
+    "lora_bias": (
+        Layers,
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["lin", "conv1", "conv2"],
+            "lora_bias": True,
+            "bias": "lora_only",
+        },
+    ),
+    "tokens": (
+        Linears,
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": r".*\b(up|down)$",
+            "trainable_token_indices": {"emb": [5, 1]},
+        },
+    ),
+    "pissa": (
+        Linears,
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["up", "down"],
+            "init_lora_weights": "pissa",
+        },
+    ),
+    "olora": (
+        Linears,
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["up", "down"],
+            "init_lora_weights": "olora",
+        },
+    ),
+    "experts": (
+        Mixture,
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": [],
+            "target_parameters": ["experts.down", "experts.up"],
+            "rank_pattern": {"experts.down": 1},
+        },
+    ),
+}
 
 
 def output(model) -> np.ndarray:
@@ -175,7 +261,7 @@ def write(name: str) -> None:
     torch.manual_seed(sorted(CASES).index(name))
     make, fields = CASES[name]
     model = make()
-    for key, p in model.named_parameters():  # biases and norms that are not all 0 and 1
+    for p in model.parameters():  # biases and norms that are not all 0 and 1
         if p.ndim == 1:
             p.data += 0.2 * torch.randn_like(p)
     base = {k: v.numpy().copy() for k, v in model.state_dict().items() if v.is_floating_point()}
@@ -212,7 +298,8 @@ def check(root: pathlib.Path) -> None:
         tuned = peft.get_peft_model(base_of(name, reference), config)
         result = tuned.load_adapter(folder, "default")
         missing = [k for k in result.missing_keys if "default" in k]
-        assert not missing and not result.unexpected_keys, (name, missing, result.unexpected_keys)
+        odd = [*missing, *result.unexpected_keys]
+        assert not odd, (name, odd)
         plain = peft.PeftModel.from_pretrained(base_of(name, reference), folder)
         error = np.abs(output(plain) - expected).max()
         print(f"{folder.name}: largest difference {error:.2e} of {np.abs(expected).max():.2f}")
