@@ -19,7 +19,7 @@ from jaxlora._errors import AdapterFileError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-_PREVIOUS = CONFIG + ".previous"
+_ASIDE = ".previous"
 _CONFIG_LIMIT = 4 * 2**20
 _HEADER_LIMIT = 16 * 2**20
 _DTYPES: dict[str, Any] = {
@@ -116,10 +116,10 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _missing(directory: pathlib.Path) -> str:
-    if os.path.lexists(directory / _PREVIOUS):
+    if os.path.lexists(directory / (CONFIG + _ASIDE)):
         return (
-            f"{_PREVIOUS} is there: saving was interrupted between the two files. Rename it to "
-            f"{CONFIG} if {WEIGHTS} is older than it, else save again."
+            "Saving was interrupted. The adapter from before is there: take the ending "
+            f"{_ASIDE!r} off the files that have it. Or save again."
         )
     try:
         found = sorted(p.name for p in directory.iterdir() if os.path.lexists(p / CONFIG))
@@ -191,42 +191,48 @@ def write_adapter(
     """Writes both files; until both are whole on disk, what was there stays as it was.
 
     Each is written beside its place and flushed to the disk, then renamed. If the configuration
-    changes too, the old one is set aside first, so that a process killed between two renames
-    leaves a directory that is refused, never new weights with an old configuration.
+    changes too, that takes more than one rename: the old files are set aside first, so that a
+    process killed in between leaves a directory that is refused, with the old adapter in it, and
+    never new weights with an old configuration.
     """
     safetensors = safetensors_module()
     weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    final = [directory / CONFIG, directory / WEIGHTS]
+    aside = [file.with_name(file.name + _ASIDE) for file in final]
     made: list[str] = []
-    final, aside = directory / CONFIG, directory / _PREVIOUS
+    moved: list[tuple[pathlib.Path, pathlib.Path]] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        new_weights = _beside(directory, weights, made)
-        old = final.read_bytes() if final.is_file() else None
-        if old == text:
-            os.replace(new_weights, directory / WEIGHTS)
+        for left in directory.glob(".adapter-*.part"):  # by a process that was killed
+            left.unlink()
+        new = [_beside(directory, data, made) for data in (text, weights)]
+        whole = all(file.is_file() for file in final)
+        if whole and final[0].read_bytes() == text:
+            os.replace(new[1], final[1])
+            os.unlink(new[0])
         else:
-            new_config = _beside(directory, text, made)
-            if old is not None:
-                os.replace(final, aside)
-            try:
-                os.replace(new_weights, directory / WEIGHTS)
-            except OSError:
-                if old is not None:
-                    os.replace(aside, final)
-                raise
-            os.replace(new_config, final)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
+            for old, there in zip(final, aside, strict=True) if whole else ():
+                os.replace(old, there)
+                moved.append((there, old))
+            os.replace(new[1], final[1])
+            os.replace(new[0], final[0])
+            moved.clear()
+        for file in aside:
+            with contextlib.suppress(OSError):  # it lies about, and does no harm
+                os.unlink(file)
         _flush_directory(directory)
     except OSError as error:
+        for there, old in reversed(moved):
+            os.replace(there, old)
         for name in made:
             with contextlib.suppress(OSError):
                 os.unlink(name)
-        what = "No space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Failed"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise AdapterFileError(
-            f"{directory}: {what.lower()} while writing the adapter: {error.strerror or error}. "
-            "What was there before is unchanged. Give another directory: peft.save(directory, ...)."
+            f"{directory}: {'no space' if full else 'failed'} while writing the adapter: "
+            f"{error.strerror or error}. What was there before is unchanged. Give another "
+            "directory: peft.save(directory, ...)."
         ) from error
 
 

@@ -64,6 +64,7 @@ class Texts:
     def _found(self, pattern: str, starts: int) -> set[str]:
         if len(pattern) > _LONGEST or "\0" in pattern:
             raise ValueError("a regex that is too long")
+        self._spend(5 + len(pattern) // 4)  # for parsing it
         try:
             parsed = _parser.parse(pattern)
         except (re.error, RecursionError, OverflowError) as error:
@@ -84,9 +85,7 @@ class Texts:
         return starts
 
     def _step(self, op: Any, arg: Any, at: int) -> int:
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError("a regex that takes too long to match")
+        self._spend(1)
         if op in (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN):
             return (at & self._where(op, arg)) << 1
         if op is ops.BRANCH:
@@ -105,7 +104,14 @@ class Texts:
             return self._ahead(op is ops.ASSERT, arg[1], at)
         raise ValueError(f"a regex with {str(op).lower()}, which is not supported here")
 
+    def _spend(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise ValueError("regexes that take too long to match")
+
     def _where(self, op: Any, arg: Any) -> int:
+        if op is ops.LITERAL:
+            return self._chars.get(chr(arg), 0)
         found = 0
         for c, mask in self._chars.items():
             if _is_in(c, op, arg):
@@ -147,8 +153,6 @@ class Texts:
 
 
 def _is_in(c: str, op: Any, arg: Any) -> bool:
-    if op is ops.LITERAL:
-        return ord(c) == arg
     if op is ops.NOT_LITERAL:
         return ord(c) != arg
     if op is ops.ANY:

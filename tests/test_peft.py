@@ -509,7 +509,10 @@ def test_fields_that_are_no_lora_are_refused_by_name(field, value, copied):
         ({"r": 0}, "got r 0, expected a rank"),
         ({"r": True}, "got r True, expected a rank"),
         ({"r": 2**40}, "expected a rank"),
-        ({"r": 3}, r"lora_embedding_A: got shape \(2, 11\), expected \(3, 11\), since emb is a target"),
+        (
+            {"r": 3},
+            r"lora_embedding_A: got shape \(2, 11\), expected \(3, 11\), since emb is a target",
+        ),
         ({"r": 10**6}, "got rank 1000000 for emb, expected at most 64"),
         ({"lora_alpha": "3"}, "got lora_alpha '3', expected a number"),
         ({"lora_alpha": 10**400}, "expected a number"),
