@@ -124,7 +124,7 @@ def _none(r: Reading, slot: Slot, index: tuple[int, ...], like: Factors, rank: i
     if some.magnitude is not None:
         matrix = np.asarray(matrices(slot, r.leaves[slot.path])[index], np.float32)
         magnitude = np.linalg.norm(matrix, axis=0).astype(some.magnitude.dtype)
-    return some._replace(a=some.a * 0, b=some.b * 0, magnitude=magnitude)
+    return some._replace(a=np.zeros_like(some.a), b=np.zeros_like(some.b), magnitude=magnitude)
 
 
 def _moved(r: Reading, slot: Slot, w: Any, ranks: set[int], scale: np.ndarray) -> Any:

@@ -207,20 +207,20 @@ def write_adapter(
         for left in directory.glob(".adapter-*.part"):  # by a process that was killed
             left.unlink()
         new = [_beside(directory, data, made) for data in (text, weights)]
-        whole = all(file.is_file() for file in final)
-        if whole and final[0].read_bytes() == text:
+        if final[0].is_file() and final[0].read_bytes() == text:
             os.replace(new[1], final[1])
             os.unlink(new[0])
         else:
-            for old, there in zip(final, aside, strict=True) if whole else ():
-                os.replace(old, there)
-                moved.append((there, old))
+            if os.path.lexists(final[0]):  # else what is set aside already is the last whole one
+                _forget(aside)
+                for old, there in zip(final, aside, strict=True):
+                    if os.path.lexists(old):
+                        os.replace(old, there)
+                        moved.append((there, old))
             os.replace(new[1], final[1])
             os.replace(new[0], final[0])
             moved.clear()
-        for file in aside:
-            with contextlib.suppress(OSError):  # it lies about, and does no harm
-                os.unlink(file)
+        _forget(aside)
         _flush_directory(directory)
     except OSError as error:
         for there, old in reversed(moved):
@@ -234,6 +234,12 @@ def write_adapter(
             f"{error.strerror or error}. What was there before is unchanged. Give another "
             "directory: peft.save(directory, ...)."
         ) from error
+
+
+def _forget(files: list[pathlib.Path]) -> None:
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file)
 
 
 def _beside(directory: pathlib.Path, data: bytes, made: list[str]) -> str:

@@ -212,6 +212,11 @@ class _Saver:
             for x, array in to_tensors(place, factors).items():
                 self.tensors[key[x]] = array
             for head in self._heads(place):
+                if factors.magnitude is not None:
+                    raise TargetError(
+                        f"{place.slot.path}: DoRA on a table that is tied to {head}, which in PEFT "
+                        "would have a magnitude of its own. Leave DoRA out there."
+                    )
                 self.tensors[f"{_PREFIX}{head}.lora_A.weight"] = _copy(self.tensors[key["B"]].T)
                 self.tensors[f"{_PREFIX}{head}.lora_B.weight"] = _copy(self.tensors[key["A"]].T)
 

@@ -36,6 +36,8 @@ def strengths(config: Config, modules: Iterable[str]) -> dict[str, tuple[int, fl
 def _by_pattern(
     config: Config, field: str, patterns: dict[str, Any], modules: list[str]
 ) -> dict[str, Any]:
+    if not patterns:
+        return {}
     texts = Texts(modules)
     found: dict[str, tuple[str, Any]] = {}
     for key, value in patterns.items():

@@ -297,6 +297,52 @@ def test_fused_both_ways(tmp_path):
         np.testing.assert_array_equal(tensors_of(tmp_path / "shared")[key], value)
 
 
+def test_fused_with_dora_and_biases(tmp_path):
+    """Magnitudes and biases are cut and joined as the outputs are."""
+    rng = np.random.default_rng(0)
+    params = {
+        n: {
+            "kernel": jnp.asarray(rng.standard_normal((4, 2, k)), jnp.float32),
+            "bias": jnp.zeros((2, k)),
+        }
+        for n, k in {"q": 3, "k": 1, "v": 2}.items()
+    }
+    config = LoraConfig(
+        rank=2, targets=[*"qkv"], dora=True, bias="lora_only", roles={"q|k|v": "ioo"}
+    )
+    lora = made(params, config)
+    names = {}
+    for k, n in enumerate("qkv"):
+        names[f"{n}/kernel"] = {"module": "c_attn", "kind": "conv1d", "part": k, "roles": "ioo"}
+        names[f"{n}/bias"] = {"module": "c_attn", "kind": "bias", "part": k}
+    peft.save(tmp_path, lora, names)
+    shapes = {k.partition("c_attn.")[2]: v.shape for k, v in tensors_of(tmp_path).items()}
+    assert shapes == {
+        "lora_A.weight": (6, 4),
+        "lora_B.weight": (12, 6),
+        "lora_magnitude_vector": (12,),
+        "base_layer.bias": (12,),
+    }
+    again = peft.load(tmp_path, params, names)
+    assert_close(jaxlora.merge(again), jaxlora.merge(lora))
+    whole = {
+        "kernel": jnp.concatenate([params[n]["kernel"].reshape(4, -1) for n in "qkv"], axis=1),
+        "bias": jnp.zeros(12),
+    }
+    split = {"kernel": {"module": [*"qkv"], "sizes": [6, 2, 4]}}
+    split |= {"bias": split["kernel"] | {"kind": "bias"}}
+    apart = {
+        f"(.)/{x}": "{1}" if x == "kernel" else {"module": "{1}", "kind": "bias"} for x in whole
+    }
+    apart["(.)/kernel"] = {"module": "{1}", "roles": "ioo"}
+    peft.save(tmp_path, lora, apart)
+    fused = jaxlora.merge(peft.load(tmp_path, whole, split))
+    merged = jaxlora.merge(lora)
+    expected = jnp.concatenate([merged[n]["kernel"].reshape(4, -1) for n in "qkv"], axis=1)
+    assert_close(fused["kernel"], expected)
+    assert_close(fused["bias"], jnp.concatenate([merged[n]["bias"].ravel() for n in "qkv"]))
+
+
 @pytest.mark.parametrize("order", ["HWIO", "OIHW", "IOHW", None])
 def test_convolutions_in_any_order(order, tmp_path):
     """The delta is PEFT's: conv of the factors, B (O, R, 1, 1) after A (R, I, H, W)."""
@@ -347,6 +393,19 @@ def test_quantized_bases(tmp_path):
     loaded = peft.load(tmp_path, base, SCANNED_NAMES)
     assert jaxlora._quantized.is_quantized(loaded["layers"]["query"]["kernel"].w)
     assert_same(loaded["layers"]["query"]["kernel"].a, lora["layers"]["query"]["kernel"].a)
+
+
+def test_roles_that_were_traced(tmp_path):
+    m = model("llama")
+    roles = jaxlora.trace_roles(m.forward, m.params, m.tokens)
+    names = {}
+    for path, entry in m.names.items():
+        given = {"module": entry} if isinstance(entry, str) else entry
+        names[path] = {k: v for k, v in given.items() if k != "roles"}
+    lora = peft.load(ROOT / "llama", m.params, names, roles=roles)
+    assert_same(lora, peft.load(ROOT / "llama", m.params, m.names))
+    peft.save(tmp_path, lora, names, roles=roles)
+    assert_same(peft.load(tmp_path, m.params, m.names), lora)
 
 
 def test_roles_from_the_model_and_without(tmp_path):
@@ -431,6 +490,27 @@ def test_tied_embeddings_need_an_adapter_of_both(copied):
     assert isinstance(lora["embed"]["embedding"], LoraWeight)
     with pytest.raises(TargetError, match=r"allow: got .*expected names among"):
         c.load(allow=["anything"])
+
+
+def test_dora_on_a_tied_table_is_refused(tmp_path):
+    m = model("llama_tied")
+    lora = made(m.params, LoraConfig(rank=2, targets=["embed"], dora=True))
+    with pytest.raises(
+        TargetError, match="embed/embedding: DoRA on a table that is tied to lm_head"
+    ):
+        peft.save(tmp_path, lora, m.names)
+
+
+def test_a_tied_table_in_full(tmp_path):
+    m = model("llama_tied")
+    config = LoraConfig(rank=2, targets=["query"], train=["embed"], roles={"query": "sioo"})
+    lora = made(m.params, config)
+    peft.save(tmp_path, lora, m.names)
+    assert config_of(tmp_path)["ensure_weight_tying"]
+    found = tensors_of(tmp_path)
+    head, table = (f"base_model.model.{n}.weight" for n in ("lm_head", "model.embed_tokens"))
+    np.testing.assert_array_equal(found[head], found[table])
+    assert_same(peft.load(tmp_path, m.params, m.names), lora)
 
 
 def test_tied_copies_must_agree(copied):
@@ -652,6 +732,15 @@ def test_every_tensor_fits_and_is_used(change, text, copied):
     c.tensors(change)
     with pytest.raises(AdapterFileError, match=text):
         c.load()
+
+
+def test_lora_bias_is_added_to_the_bias(copied):
+    c = copied("lora_bias")
+    c.set(bias="none")
+    c.tensors(lambda t: [t.pop(k) for k in [*t] if "base_layer" in k])
+    added = tensors_of(c.directory)["base_model.model.lin.lora_B.bias"]
+    value = c.load()["lin"]["bias"].value
+    np.testing.assert_allclose(value - c.model.params["lin"]["bias"], 1.5 * added, atol=1e-6)
 
 
 def test_lora_bias_needs_a_bias(copied):

@@ -352,6 +352,36 @@ def test_killed_between_any_two_calls(saved, monkeypatch):
     assert found == {"old", "new", "refused"}
 
 
+def test_saving_after_a_kill(saved, monkeypatch):
+    """Set aside is the last whole adapter, however often saving is interrupted."""
+    directory, params, names, lora, other = saved
+
+    def kill_at(nth: int, tree: Any) -> None:
+        calls = []
+        real = os.replace
+
+        def replace(*args):
+            calls.append(args)
+            if len(calls) == nth:
+                raise KeyboardInterrupt
+            real(*args)
+
+        with monkeypatch.context() as m:
+            m.setattr(_peft_files.os, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                peft.save(directory, tree, names)
+
+    kill_at(4, other)  # new weights are there, the new configuration is not
+    kill_at(2, other)
+    for file in directory.glob("*.previous"):
+        file.replace(file.with_suffix(""))
+    assert_same(peft.load(directory, params, names), lora)
+    kill_at(3, other)
+    peft.save(directory, other, names)
+    assert_same(peft.load(directory, params, names), other)
+    assert {*contents(directory)} == {CONFIG, WEIGHTS}
+
+
 def test_new_weights_of_the_same_configuration_are_one_rename(saved, monkeypatch):
     directory, params, names, lora, _ = saved
     calls = []
