@@ -1,7 +1,7 @@
 """PEFT's directories: what PEFT wrote loads and gives what PEFT gives, and comes back the same.
 
 The references are PEFT's own (tests/oracle/peft_adapters.py), the models are written by hand in
-tests/cases/peft_models.py. That PEFT reloads what `save` wrote is checked in the oracle's
+tests/peft_models.py. That PEFT reloads what `save` wrote is checked in the oracle's
 environment: python tests/oracle/peft_adapters.py --check.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_models
 import pytest
-from cases import peft_models
-from cases.peft_models import ROOT, model
 from helpers import assert_close, assert_same, randomized
+from peft_models import ROOT, model
 from safetensors.numpy import load_file, save_file
 
 import jaxlora
@@ -45,7 +45,8 @@ def adapters_of(lora: Any) -> dict[str, Any]:
 
 
 def made(params: Any, config: LoraConfig, **kwargs: Any) -> Any:
-    return randomized(jaxlora.init(jax.random.key(0), params, config, **kwargs))
+    fresh = jax.jit(lambda params: jaxlora.init(jax.random.key(0), params, config, **kwargs))
+    return randomized(fresh(params))
 
 
 @pytest.fixture
@@ -299,6 +300,7 @@ def test_fused_both_ways(tmp_path):
 
 def test_fused_with_dora_and_biases(tmp_path):
     """Magnitudes and biases are cut and joined as the outputs are."""
+    merged_of = jax.jit(jaxlora.merge)
     rng = np.random.default_rng(0)
     params = {
         n: {
@@ -324,7 +326,7 @@ def test_fused_with_dora_and_biases(tmp_path):
         "base_layer.bias": (12,),
     }
     again = peft.load(tmp_path, params, names)
-    assert_close(jaxlora.merge(again), jaxlora.merge(lora))
+    assert_close(merged_of(again), merged_of(lora))
     whole = {
         "kernel": jnp.concatenate([params[n]["kernel"].reshape(4, -1) for n in "qkv"], axis=1),
         "bias": jnp.zeros(12),
@@ -336,8 +338,8 @@ def test_fused_with_dora_and_biases(tmp_path):
     }
     apart["(.)/kernel"] = {"module": "{1}", "roles": "ioo"}
     peft.save(tmp_path, lora, apart)
-    fused = jaxlora.merge(peft.load(tmp_path, whole, split))
-    merged = jaxlora.merge(lora)
+    fused = merged_of(peft.load(tmp_path, whole, split))
+    merged = merged_of(lora)
     expected = jnp.concatenate([merged[n]["kernel"].reshape(4, -1) for n in "qkv"], axis=1)
     assert_close(fused["kernel"], expected)
     assert_close(fused["bias"], jnp.concatenate([merged[n]["bias"].ravel() for n in "qkv"]))

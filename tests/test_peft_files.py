@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases.peft_models import ROOT, model
 from helpers import assert_same
+from peft_models import ROOT, model
 from safetensors.numpy import load_file
 
 import jaxlora
@@ -191,16 +191,16 @@ def test_huge_but_legal_configurations_end(tmp_path):
     directory = copy("tokens", tmp_path / "a")
     before = json.loads((directory / CONFIG).read_text())
     for fields in (
-        {"target_modules": [f"m{i}" for i in range(300_000)]},
+        {"target_modules": [f"m{i}" for i in range(100_000)]},
         {"rank_pattern": {f"m{i}": 1 for i in range(100_000)}},
-        {"exclude_modules": [f"m{i}" for i in range(200_000)], "modules_to_save": ["x"] * 100_000},
+        {"exclude_modules": [f"m{i}" for i in range(100_000)], "modules_to_save": ["x"] * 100_000},
         {"target_modules": "(a|b)*" * 1000},
         {"target_modules": "(" * 900 + "a*" + ")*" * 900},
         {"target_modules": "((a{0,1000}){0,1000}){0,1000}x"},
         {"target_modules": "(.*)*" * 40 + "x"},
         {"alpha_pattern": {f"(a+)+{i}": 1 for i in range(50_000)}},
-        {"trainable_token_indices": list(range(300_000))},
-        {"layers_to_transform": list(range(300_000))},
+        {"trainable_token_indices": list(range(100_000))},
+        {"layers_to_transform": list(range(100_000))},
     ):
         (directory / CONFIG).write_text(json.dumps(before | fields))
         with pytest.raises(AdapterFileError, match=rf"{CONFIG}: ({'|'.join(fields)})"):

@@ -1,11 +1,12 @@
 """The models of tests/references/peft, in plain JAX: params, the map to PEFT's names, a forward.
 
-python tests/cases/peft_models.py DIRECTORY     # what jaxlora saves of each, for the oracle
+python tests/peft_models.py DIRECTORY     # what jaxlora saves of each, for the oracle
 python tests/oracle/peft_adapters.py --check DIRECTORY
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent / "references" / "peft"
+ROOT = pathlib.Path(__file__).resolve().parent / "references" / "peft"
 
 
 class Model(NamedTuple):
@@ -370,6 +371,7 @@ MODELS = {
 }
 
 
+@functools.cache
 def model(name: str) -> Model:
     base = load_base(name)
     tokens, expected = base.pop("=tokens"), base.pop("=expected")
