@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxlora import _paths
-from jaxlora._errors import AdapterFileError, TargetError
+from jaxlora._errors import TargetError
 from jaxlora._matrix import factors_to_matrix, to_matrix
 from jaxlora._peft_files import check_finite
 from jaxlora._peft_layouts import (
@@ -114,10 +114,16 @@ class _Saver:
             adapted = self._for_serving(adapted)
         self.adapted = adapted
         self._write_factors()
+        kinds = {names.places[at].kind for at in adapted}
+        if "parameter" in kinds and self._dropout():
+            raise TargetError(
+                f"peft.save: got dropout {self._dropout()} with parameters of kind 'parameter', "
+                "which PEFT adapts without dropout alone: jaxlora.with_dropout(lora, None, rate=0)."
+            )
         self.config: dict[str, Any] = {
             "use_dora": any(f.magnitude is not None for f in adapted.values()),
             "lora_dropout": self._dropout(),
-            "fan_in_fan_out": any(names.places[at].kind == "conv1d" for at in adapted),
+            "fan_in_fan_out": "conv1d" in kinds and "parameter" not in kinds,  # PEFT finds out
             **self._targets(),
             **fields_of(
                 {names.places[at].name: (f.rank, float(f.scale)) for at, f in adapted.items()},
@@ -362,7 +368,7 @@ def _factors(slot: Slot, lw: LoraWeight) -> dict[tuple[int, ...], Factors | None
     a, b = factors_to_matrix(np.asarray(lw.a), np.asarray(lw.b), slot.shape, slot.roles)
     scale = np.asarray(lw.scale, np.float32)
     if slot.experts and scale.size and np.any(scale != scale[..., :1]):
-        raise AdapterFileError(
+        raise TargetError(
             f"{slot.path}: got other scales for some experts, expected one for all of a layer, "
             "since they share a parameter. Give them one: jaxlora.with_scale(lora, scale)."
         )

@@ -381,6 +381,12 @@ def test_stacked_experts_within_layers(tmp_path):
             )
             delta = delta.swapaxes(1, 2) if swap else delta
             np.testing.assert_allclose(jaxlora.delta(lora["up"])[layer], delta, atol=1e-5)
+    dropping = jaxlora.with_dropout(lora, None, rate=0.5)
+    with pytest.raises(TargetError, match=r"got dropout 0.5 with parameters"):
+        peft.save(tmp_path, dropping, names)
+    uneven = {"up": dataclasses.replace(lora["up"], scale=jnp.arange(6.0).reshape(2, 3))}
+    with pytest.raises(TargetError, match="up: got other scales for some experts"):
+        peft.save(tmp_path, uneven, names)
     assert config_of(tmp_path)["target_modules"] == []
     assert config_of(tmp_path)["target_parameters"] == [
         "layers.0.experts.up",
