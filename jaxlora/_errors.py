@@ -1,4 +1,4 @@
-"""The ways in which a request can be wrong. All are ValueErrors."""
+"""The ways in which a request, or a file, can be wrong. All are ValueErrors."""
 
 
 class TargetError(ValueError):
@@ -21,3 +21,7 @@ class RolesError(ValueError):
 
 class MaterializeError(ValueError):
     """A use of an adapted or quantized weight that would have to form its value as an array."""
+
+
+class AdapterFileError(ValueError):
+    """A file of an adapter that is damaged, that does not fit, or that cannot be represented."""

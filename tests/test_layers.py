@@ -67,6 +67,19 @@ ORDER = [
     "_description",
     "_stored",
     "checkpoint",
+    "_safe_regex",
+    "_peft_files",
+    "_peft_entries",
+    "_peft_names",
+    "_peft_layouts",
+    "_peft_config",
+    "_peft_strengths",
+    "_peft_reading",
+    "_peft_adapters",
+    "_peft_full",
+    "_peft_load",
+    "_peft_save",
+    "peft",
 ]
 
 
