@@ -5,7 +5,13 @@ from jaxlora._adapters import scaled, weighted_sum
 from jaxlora._apply import lora_apply
 from jaxlora._collect import input_moments
 from jaxlora._config import LoraConfig
-from jaxlora._errors import CheckpointError, MaterializeError, RolesError, TargetError
+from jaxlora._errors import (
+    AdapterFileError,
+    CheckpointError,
+    MaterializeError,
+    RolesError,
+    TargetError,
+)
 from jaxlora._init import init
 from jaxlora._low_rank import extract, truncate
 from jaxlora._quantize import dequantize, merge_quantized, prepare_for_training, quantize
@@ -31,6 +37,7 @@ from jaxlora.optim import freeze_base
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFileError",
     "CheckpointError",
     "FullWeight",
     "LoraConfig",

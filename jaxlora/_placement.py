@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlora._errors import TargetError
 from jaxlora._moves import RANK, project
 from jaxlora._quantized import is_quantized
 from jaxlora._quantized_array import QuantizedArray, others
@@ -44,7 +45,15 @@ def place(x: np.ndarray, w: Any, dims: Sequence[int]) -> jax.Array:
       x: whole, in every process.
       w: the weight; of a quantized one, how its codes are sharded counts.
       dims: for each axis of x a dim of w, or RANK: not sharded.
+
+    Raises:
+      TargetError: x has a dtype that JAX would narrow.
     """
+    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        raise TargetError(
+            f"got an array saved as {x.dtype}, which is not enabled. Call "
+            'jax.config.update("jax_enable_x64", True) first.'
+        )
     anchor = next(iter(jax.tree.leaves(w)), None) if is_quantized(w) else w
     if not isinstance(anchor, jax.Array) or not anchor.committed:
         return jnp.asarray(x)

@@ -736,7 +736,7 @@ def test_descriptions_that_somebody_else_wrote(name: str, saved, tmp_path):
 
 
 def test_a_description_that_grows_without_end(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(jaxlora._description, "LIMIT", 10_000)
+    monkeypatch.setattr(jaxlora.checkpoint._description, "LIMIT", 10_000)
     with pytest.raises(CheckpointError, match="more than 10,000 bytes"):
         rewritten(saved, tmp_path, lambda _: b" " * 1_000_000)
     lora = adapted({f"layer_{i}": {"kernel": normal(2, 2)} for i in range(100)})

@@ -60,27 +60,36 @@ ORDER = [
     "_adamw_8bit",
     "optim",
     "__init__",
-    # Imported by the user; and what is theirs alone.
-    "_fingerprint",
-    "_packed",
+    # Imported by the user.
     "_placement",
-    "_description",
-    "_stored",
+    "checkpoint._fingerprint",
+    "checkpoint._packed",
+    "checkpoint._description",
+    "checkpoint._stored",
     "checkpoint",
-    "_safe_regex",
-    "_peft_files",
-    "_peft_entries",
-    "_peft_names",
-    "_peft_layouts",
-    "_peft_config",
-    "_peft_strengths",
-    "_peft_reading",
-    "_peft_adapters",
-    "_peft_full",
-    "_peft_load",
-    "_peft_save",
+    "peft._safe_regex",
+    "peft._files",
+    "peft._entries",
+    "peft._names",
+    "peft._layouts",
+    "peft._config",
+    "peft._strengths",
+    "peft._reading",
+    "peft._adapters",
+    "peft._full",
+    "peft._load",
+    "peft._save",
     "peft",
 ]
+
+
+def name_of(path: pathlib.Path) -> str:
+    """What a module is called in ORDER."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports_of(path: pathlib.Path) -> set[str]:
@@ -96,18 +105,18 @@ def imports_of(path: pathlib.Path) -> set[str]:
     for node in ast.walk(tree):
         if id(node) in for_types or not isinstance(node, ast.ImportFrom):
             continue
-        if node.module == "jaxlora":
-            found |= {alias.name for alias in node.names}
-        elif (node.module or "").startswith("jaxlora."):
-            found.add(node.module.removeprefix("jaxlora."))
-    return found & {p.stem for p in PACKAGE.glob("*.py")}
+        if (node.module or "").partition(".")[0] == "jaxlora":
+            parent = (node.module or "").partition(".")[2]
+            names = [f"{parent}.{alias.name}".removeprefix(".") for alias in node.names]
+            modules = {name for name in names if name in MODULES}
+            found |= modules if len(modules) == len(names) else modules | {parent}
+    return found & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
-def test_imports_point_down_the_list(path: pathlib.Path):
-    assert path.stem in ORDER, f"{path.name} has no place in the order of modules"
-    above = set(ORDER[: ORDER.index(path.stem)])
-    assert imports_of(path) <= above
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down_the_list(name: str):
+    assert name in ORDER, f"{name} has no place in the order of modules"
+    assert imports_of(MODULES[name]) <= set(ORDER[: ORDER.index(name)])
 
 
 def test_every_name_is_exported_once():
@@ -133,7 +142,7 @@ def test_import_adds_no_dependency():
     assert set(loaded) <= {"jaxlora", "difflib", "hashlib", "_hashlib", "_blake2"}
 
 
-@pytest.mark.parametrize(("module", "needs"), [("checkpoint", "orbax")])
+@pytest.mark.parametrize(("module", "needs"), [("checkpoint", "orbax"), ("peft", "safetensors")])
 def test_optional_modules_are_imported_by_the_user(module: str, needs: str):
     code = "import sys, jaxlora{}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
     assert not {needs} & set(run(code.format("")).split())

@@ -21,6 +21,8 @@ import numpy as np
 import peft_models
 import pytest
 from helpers import assert_close, assert_same, randomized
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from peft_models import ROOT, model
 from safetensors.numpy import load_file, save_file
 
@@ -937,3 +939,35 @@ def test_the_extra_is_named():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'jaxlora[peft]'" in found.stdout
+
+
+def test_adapters_go_where_the_base_is(tmp_path):
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    params = {
+        "up": {"kernel": jnp.ones((2, 8, 4)), "bias": jnp.zeros((2, 4))},
+        "alone": {"kernel": jax.device_put(jnp.ones((4, 4)), jax.devices()[1])},
+    }
+    config = LoraConfig(rank=2, targets=["kernel"], bias="lora_only", roles={"up/kernel": "sio"})
+    names = {
+        "up/kernel": {"module": "layers.{}.up", "roles": "sio"},
+        "up/bias": {"module": "layers.{}.up", "kind": "bias"},
+        "alone/kernel": "alone",
+    }
+    peft.save(tmp_path, made(params, config), names)
+    spread = NamedSharding(mesh, P(None, "x", "y"))
+    params["up"] = {
+        "kernel": jax.device_put(params["up"]["kernel"], spread),
+        "bias": jax.device_put(params["up"]["bias"], NamedSharding(mesh, P(None, "y"))),
+    }
+    loaded = peft.load(tmp_path, params, names)
+    assert loaded["up"]["kernel"].a.sharding.spec == P(None, "x", None)
+    assert loaded["up"]["kernel"].b.sharding.spec == P(None, None, "y")
+    assert loaded["up"]["bias"].value.sharding.spec == P(None, "y")
+    assert loaded["alone"]["kernel"].a.devices() == {jax.devices()[1]}
+
+
+def test_float64_without_x64_is_refused_rather_than_narrowed(copied):
+    copy = copied("bert")
+    copy.tensors(lambda found: found.update({k: x.astype(np.float64) for k, x in found.items()}))
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: .*jax_enable_x64"):
+        copy.load()

@@ -23,9 +23,10 @@ from peft_models import ROOT, model
 from safetensors.numpy import load_file
 
 import jaxlora
-from jaxlora import LoraConfig, _peft_files, peft
+from jaxlora import LoraConfig, peft
 from jaxlora._errors import AdapterFileError
-from jaxlora._safe_regex import Texts
+from jaxlora.peft import _files
+from jaxlora.peft._safe_regex import Texts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STEM = "base_model.model."
@@ -264,7 +265,7 @@ def test_what_cannot_be_written_changes_nothing(saved, monkeypatch):
                 return real(*args, **kwargs)
 
             with monkeypatch.context() as m:
-                m.setattr(_peft_files.os, name, failing)
+                m.setattr(_files.os, name, failing)
                 _, error = outcome(lambda: peft.save(directory, other, names))
             if error is not None:
                 assert "no space while writing the adapter: No space left" in error
@@ -330,7 +331,7 @@ def test_killed_between_any_two_calls(saved, monkeypatch):
 
         with monkeypatch.context() as m:
             for name in ("open", "fsync", "replace", "unlink"):
-                m.setattr(_peft_files.os, name, counted(getattr(os, name)))
+                m.setattr(_files.os, name, counted(getattr(os, name)))
             try:
                 peft.save(directory, other, names)
                 done = True
@@ -367,7 +368,7 @@ def test_saving_after_a_kill(saved, monkeypatch):
             real(*args)
 
         with monkeypatch.context() as m:
-            m.setattr(_peft_files.os, "replace", replace)
+            m.setattr(_files.os, "replace", replace)
             with pytest.raises(KeyboardInterrupt):
                 peft.save(directory, tree, names)
 
@@ -386,7 +387,7 @@ def test_new_weights_of_the_same_configuration_are_one_rename(saved, monkeypatch
     directory, params, names, lora, _ = saved
     calls = []
     real = os.replace
-    monkeypatch.setattr(_peft_files.os, "replace", lambda *a: (calls.append(a), real(*a)))
+    monkeypatch.setattr(_files.os, "replace", lambda *a: (calls.append(a), real(*a)))
     double = jaxlora.combine(
         jax.tree.map(lambda x: 2 * x, jaxlora.partition(lora)[0]), jaxlora.partition(lora)[1]
     )

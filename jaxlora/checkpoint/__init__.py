@@ -20,11 +20,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxlora import _description, _paths
-from jaxlora._description import Description
+from jaxlora import _paths
 from jaxlora._errors import CheckpointError, RolesError, TargetError
-from jaxlora._packed import checksum
-from jaxlora._stored import check_base, described, on_base
+from jaxlora.checkpoint import _description
+from jaxlora.checkpoint._description import Description
+from jaxlora.checkpoint._packed import checksum
+from jaxlora.checkpoint._stored import check_base, described, on_base
 
 __all__ = ["Restore", "Save", "describe", "restore", "save"]
 

@@ -12,8 +12,10 @@ import numpy as np
 from jaxlora import _paths
 from jaxlora._errors import TargetError
 from jaxlora._matrix import factors_to_matrix, to_matrix
-from jaxlora._peft_files import check_finite
-from jaxlora._peft_layouts import (
+from jaxlora._quantized import dense
+from jaxlora._weight import FullWeight, LoraWeight, is_node
+from jaxlora.peft._files import check_finite
+from jaxlora.peft._layouts import (
     Factors,
     check_kind_in_full,
     keys,
@@ -22,10 +24,8 @@ from jaxlora._peft_layouts import (
     to_tensors,
     used_ranks,
 )
-from jaxlora._peft_names import Map, Place, Slot
-from jaxlora._peft_strengths import alpha_of, fields_of
-from jaxlora._quantized import dense
-from jaxlora._weight import FullWeight, LoraWeight, is_node
+from jaxlora.peft._names import Map, Place, Slot
+from jaxlora.peft._strengths import alpha_of, fields_of
 
 _PREFIX = "base_model.model."
 _DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)

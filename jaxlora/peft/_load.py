@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from jaxlora._errors import AdapterFileError, TargetError
-from jaxlora._peft_adapters import TYING, adapters
-from jaxlora._peft_config import Config
-from jaxlora._peft_full import full_weights
-from jaxlora._peft_names import Map
-from jaxlora._peft_reading import Reading, Tensors
+from jaxlora.peft._adapters import TYING, adapters
+from jaxlora.peft._config import Config
+from jaxlora.peft._full import full_weights
+from jaxlora.peft._names import Map
+from jaxlora.peft._reading import Reading, Tensors
 
 
 def load_tree(

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlora._errors import AdapterFileError
 from jaxlora._matrix import from_matrix, to_matrix
-from jaxlora._peft_config import Config, nearest, selected
-from jaxlora._peft_layouts import from_parameter, parameter_shape
-from jaxlora._peft_names import Map, Place, Slot
-from jaxlora._peft_strengths import strengths
+from jaxlora._placement import place
+from jaxlora.peft._config import Config, nearest, selected
+from jaxlora.peft._layouts import from_parameter, parameter_shape
+from jaxlora.peft._names import Map, Place, Slot
+from jaxlora.peft._strengths import strengths
 
 PREFIX = "base_model.model."
 
@@ -123,7 +123,6 @@ def vectors(slot: Slot, w: np.ndarray) -> np.ndarray:
 
 
 def whole(slot: Slot, table: np.ndarray, w: Any) -> jax.Array:
-    """The leaf of such matrices, or vectors, in w's dtype."""
-    value = jnp.asarray(table)
-    value = from_matrix(value, slot.shape, slot.roles) if slot.is_matrix else value
-    return value.reshape(slot.shape).astype(w.dtype)
+    """The leaf of such matrices, or vectors, in w's dtype, where w is."""
+    value = from_matrix(table, slot.shape, slot.roles) if slot.is_matrix else table
+    return place(np.asarray(value).reshape(slot.shape).astype(w.dtype), w, range(len(slot.shape)))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxlora._errors import AdapterFileError
-from jaxlora._peft_config import Config, guarded
-from jaxlora._safe_regex import Texts
+from jaxlora.peft._config import Config, guarded
+from jaxlora.peft._safe_regex import Texts
 
 
 def strengths(config: Config, modules: Iterable[str]) -> dict[str, tuple[int, float]]:

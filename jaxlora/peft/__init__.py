@@ -11,19 +11,20 @@ from typing import Any
 
 import jax
 
-from jaxlora import _paths, _peft_config, _peft_files
-from jaxlora._errors import AdapterFileError, TargetError
+from jaxlora import _paths
+from jaxlora._errors import TargetError
 from jaxlora._init import check_shared
-from jaxlora._peft_entries import Names
-from jaxlora._peft_load import check_allow, load_tree
-from jaxlora._peft_names import Map, plain_leaves
-from jaxlora._peft_save import save_tree, whole_config
 from jaxlora._tree import base_params
 from jaxlora._weight import is_node
+from jaxlora.peft import _config, _files
+from jaxlora.peft._entries import Names
+from jaxlora.peft._load import check_allow, load_tree
+from jaxlora.peft._names import Map, plain_leaves
+from jaxlora.peft._save import save_tree, whole_config
 
-__all__ = ["AdapterFileError", "Names", "load", "save"]
+__all__ = ["Names", "load", "save"]
 
-_peft_files.safetensors_module()  # says at once which extra is missing
+_files.safetensors_module()  # says at once which extra is missing
 
 
 def load(
@@ -82,14 +83,14 @@ def load(
       Kalajdzievski 2023, rsLoRA, arXiv 2312.03732.
       Liu et al. 2024, DoRA, arXiv 2402.09353.
     """
-    where = _peft_files.adapter_directory(directory, adapter)
+    where = _files.adapter_directory(directory, adapter)
     permitted = check_allow(allow)
     pairs, treedef = plain_leaves(params, "peft.load")
-    config = _peft_config.parse(_peft_files.read_config(where), str(where / _peft_files.CONFIG))
+    config = _config.parse(_files.read_config(where), str(where / _files.CONFIG))
     leaves = {path: leaf for path, leaf in pairs if hasattr(leaf, "shape")}
     known = Map(names, leaves, roles)
-    tensors = _peft_files.read_tensors(where)
-    file = str(where / _peft_files.WEIGHTS)
+    tensors = _files.read_tensors(where)
+    file = str(where / _files.WEIGHTS)
     loaded = load_tree(config, file, tensors, pairs, known, permitted)
     check_shared(params, {path for (path, _), x in zip(pairs, loaded, strict=True) if is_node(x)})
     return jax.tree.unflatten(treedef, loaded)
@@ -144,7 +145,7 @@ def save(
     ...     sorted(os.listdir(directory))
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    where = _peft_files.adapter_directory(directory, adapter)
+    where = _files.adapter_directory(directory, adapter)
     if task_type is not None and not isinstance(task_type, str):
         raise TargetError(f"task_type: got {task_type!r}, expected a str such as 'CAUSAL_LM'.")
     base = base_params(lora)
@@ -154,4 +155,4 @@ def save(
     known = Map(names, leaves, {**(dict(roles) if roles else {}), **declared})
     fields, tensors = save_tree(pairs, known, for_serving)
     config = whole_config(fields, base_model_name, task_type)
-    _peft_files.write_adapter(where, config, tensors)
+    _files.write_adapter(where, config, tensors)

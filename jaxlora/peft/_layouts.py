@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlora._errors import AdapterFileError
-from jaxlora._peft_names import Place, Slot
+from jaxlora.peft._names import Place, Slot
 
 
 class Factors(NamedTuple):

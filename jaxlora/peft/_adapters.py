@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxlora._errors import AdapterFileError
+from jaxlora import _placement
+from jaxlora._errors import AdapterFileError, TargetError
 from jaxlora._matrix import factors_from_matrix
-from jaxlora._peft_config import is_within
-from jaxlora._peft_layouts import Factors, from_tensors, keys, shapes, side_by_side
-from jaxlora._peft_names import Place, Slot
-from jaxlora._peft_reading import PREFIX, Reading, matrices
 from jaxlora._svd_initializers import olora, pissa
 from jaxlora._target import Target
 from jaxlora._weight import LoraWeight
+from jaxlora.peft._config import is_within
+from jaxlora.peft._layouts import Factors, from_tensors, keys, shapes, side_by_side
+from jaxlora.peft._names import Place, Slot
+from jaxlora.peft._reading import PREFIX, Reading, matrices
 
 TYING = "ensure_weight_tying"
 
@@ -96,20 +96,19 @@ def _adapter(r: Reading, slot: Slot, factors: Mapping[str, Factors]) -> LoraWeig
     w = r.leaves[slot.path]
     if r.config.init is not None:
         w = _moved(r, slot, w, ranks, scale)
-    magnitude = None
+    parts = {"a": a, "b": b, "scale": np.array(scale)}
     if r.config.dora:
         rows = np.stack([f.magnitude for f in filled.values() if f.magnitude is not None])
         outs = [n for n, role in zip(slot.shape, slot.roles, strict=True) if role == "o"]
-        magnitude = jnp.asarray(rows.reshape(*slot.looped, *outs))
-    return LoraWeight(
-        w=w,
-        a=jnp.asarray(a),
-        b=jnp.asarray(b),
-        scale=jnp.array(scale),
-        roles=slot.roles,
-        magnitude=magnitude,
-        dropout=r.config.dropout,
-    )
+        parts["magnitude"] = rows.reshape(*slot.looped, *outs)
+    try:
+        placed = {
+            name: _placement.place(x, w, _placement.dims_of(name, slot.roles))
+            for name, x in parts.items()
+        }
+    except TargetError as error:
+        raise AdapterFileError(f"{r.tensors.file}: {slot.path}: {error}") from None
+    return LoraWeight(w=w, roles=slot.roles, dropout=r.config.dropout, **placed)
 
 
 def _stacked(slot: Slot, each: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:

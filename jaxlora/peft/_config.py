@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlora import _paths
 from jaxlora._errors import AdapterFileError
-from jaxlora._safe_regex import Texts
+from jaxlora.peft._safe_regex import Texts
 
 _EMPTY: tuple[Any, ...] = (None, False, {}, [], "")
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from jaxlora._errors import AdapterFileError
 from jaxlora._matrix import to_matrix
-from jaxlora._peft_config import has_tail, is_within, optional_heads
-from jaxlora._peft_layouts import check_kind_in_full, from_parameter, keys, parameter_shape
-from jaxlora._peft_names import Place, Slot
-from jaxlora._peft_reading import PREFIX, Reading, matrices, vectors, whole
 from jaxlora._quantized import dense
 from jaxlora._weight import FullWeight
+from jaxlora.peft._config import has_tail, is_within, optional_heads
+from jaxlora.peft._layouts import check_kind_in_full, from_parameter, keys, parameter_shape
+from jaxlora.peft._names import Place, Slot
+from jaxlora.peft._reading import PREFIX, Reading, matrices, vectors, whole
 
 
 def full_weights(r: Reading) -> dict[str, FullWeight]:

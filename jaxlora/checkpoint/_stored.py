@@ -10,15 +10,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlora import __version__, _description, _paths
-from jaxlora._description import Adapter, Description
+from jaxlora import __version__, _paths
 from jaxlora._dora import squared_norm
 from jaxlora._errors import CheckpointError, RolesError, TargetError
-from jaxlora._fingerprint import Difference, Leaf, differences, fingerprint
-from jaxlora._packed import checksum, is_whole, pack, unpack
 from jaxlora._placement import dims_of, place
 from jaxlora._tree import base_params
 from jaxlora._weight import FullWeight, LoraWeight, is_node
+from jaxlora.checkpoint import _description
+from jaxlora.checkpoint._description import Adapter, Description
+from jaxlora.checkpoint._fingerprint import Difference, Leaf, differences, fingerprint
+from jaxlora.checkpoint._packed import checksum, is_whole, pack, unpack
 
 
 def described(lora: Any, config: Any) -> tuple[Description, dict[str, Any]]:
@@ -169,7 +170,7 @@ def on_base(
         try:
             if adapter.kind == "full":
                 value = unpack(packed, *adapter.parts["value"])
-                return FullWeight(w=w, value=_placed(value, w, range(value.ndim)))
+                return FullWeight(w=w, value=place(value, w, range(value.ndim)))
             return _lora_weight(adapter, packed, w, keep_norm=path in same)
         except (TargetError, RolesError) as error:
             raise CheckpointError(f"{where}: {path}: {error}") from error
@@ -190,15 +191,5 @@ def _lora_weight(
         w=w,
         roles=adapter.roles,
         dropout=adapter.dropout,
-        **{name: _placed(x, w, dims_of(name, adapter.roles)) for name, x in arrays.items()},
+        **{name: place(x, w, dims_of(name, adapter.roles)) for name, x in arrays.items()},
     )
-
-
-def _placed(x: np.ndarray, w: Any, dims: Any) -> jax.Array:
-    placed = place(x, w, dims)
-    if placed.dtype != x.dtype:
-        raise TargetError(
-            f"got an array saved as {x.dtype}, which is not enabled. Call "
-            'jax.config.update("jax_enable_x64", True) first.'
-        )
-    return placed

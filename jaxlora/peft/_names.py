@@ -14,8 +14,8 @@ import numpy as np
 from jaxlora import _paths
 from jaxlora._errors import RolesError, TargetError
 from jaxlora._matrix import split_shape
-from jaxlora._peft_entries import MATRICES, VECTORS, Entry, Names, entries
 from jaxlora._weight import check_roles, is_node
+from jaxlora.peft._entries import MATRICES, VECTORS, Entry, Names, entries
 
 _IO_NAMES = ("kernel", "embedding")
 

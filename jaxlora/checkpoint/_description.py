@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora._errors import CheckpointError
-from jaxlora._fingerprint import Leaf
-from jaxlora._packed import Place
+from jaxlora.checkpoint._fingerprint import Leaf
+from jaxlora.checkpoint._packed import Place
 
 FORMAT = 1
 LIMIT = 2**26
