@@ -63,7 +63,7 @@ def to_matrix(w: Any, roles: str) -> jax.Array:
     return ordered.reshape(*stacked, math.prod(inputs), math.prod(outputs))
 
 
-def from_matrix(matrix: jax.Array, shape: tuple[int, ...], roles: str) -> jax.Array:
+def from_matrix(matrix: Any, shape: tuple[int, ...], roles: str) -> jax.Array:
     """The weight of that shape whose `to_matrix` this is."""
     order = _order(roles)
     ordered = matrix.reshape([shape[d] for d in order])

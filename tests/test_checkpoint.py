@@ -774,14 +774,14 @@ def test_a_version_may_go_while_it_is_read(tmp_path, monkeypatch):
     params = mlp()
     first, second = adapted(params), randomized(adapted(params), seed=2)
     checkpoint.save(tmp_path, first)
-    read = checkpoint._Handler._read
+    read = checkpoint.Handler.read
 
     def read_late(*args: Any) -> Any:
-        monkeypatch.setattr(checkpoint._Handler, "_read", read)
+        monkeypatch.setattr(checkpoint.Handler, "read", read)
         checkpoint.save(tmp_path, second)
         return read(*args)
 
-    monkeypatch.setattr(checkpoint._Handler, "_read", read_late)
+    monkeypatch.setattr(checkpoint.Handler, "read", read_late)
     assert_same(checkpoint.restore(tmp_path, params), second)
 
 

@@ -66,6 +66,8 @@ ORDER = [
     "checkpoint._packed",
     "checkpoint._description",
     "checkpoint._stored",
+    "checkpoint._item",
+    "checkpoint._versions",
     "checkpoint",
     "peft._safe_regex",
     "peft._files",
@@ -80,6 +82,15 @@ ORDER = [
     "peft._load",
     "peft._save",
     "peft",
+    "cli._read",
+    "cli._table",
+    "cli._inspect",
+    "cli._convert",
+    "cli._shards",
+    "cli._torch_names",
+    "cli._merge",
+    "cli",
+    "__main__",
 ]
 
 

@@ -96,15 +96,15 @@ def _adapter(r: Reading, slot: Slot, factors: Mapping[str, Factors]) -> LoraWeig
     w = r.leaves[slot.path]
     if r.config.init is not None:
         w = _moved(r, slot, w, ranks, scale)
-    parts = {"a": a, "b": b, "scale": np.array(scale)}
+    arrays = {"a": a, "b": b, "scale": np.array(scale)}
     if r.config.dora:
         rows = np.stack([f.magnitude for f in filled.values() if f.magnitude is not None])
         outs = [n for n, role in zip(slot.shape, slot.roles, strict=True) if role == "o"]
-        parts["magnitude"] = rows.reshape(*slot.looped, *outs)
+        arrays["magnitude"] = rows.reshape(*slot.looped, *outs)
     try:
         placed = {
             name: _placement.place(x, w, _placement.dims_of(name, slot.roles))
-            for name, x in parts.items()
+            for name, x in arrays.items()
         }
     except TargetError as error:
         raise AdapterFileError(f"{r.tensors.file}: {slot.path}: {error}") from None

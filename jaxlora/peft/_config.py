@@ -20,7 +20,6 @@ _NO_MATTER = {
     "base_model_name_or_path",
     "corda_config",
     "eva_config",
-    "fan_in_fan_out",  # PEFT's A and B are (R, in) and (out, R) either way
     "inference_mode",
     "loftq_config",
     "lora_ga_config",
@@ -70,6 +69,7 @@ class Config:
     dora: bool = False
     tokens: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     tying: bool = False
+    fan_in_fan_out: bool = False  # of the base's weights; A and B are alike either way
     init: str | None = None  # "pissa", "olora", or None: the base is where it was
 
 
@@ -155,6 +155,7 @@ def parse(raw: dict[str, Any], file: str) -> Config:
             take("trainable_token_indices", None, _are_tokens, "a list of rows, or lists by module")
         ),
         tying=flag("ensure_weight_tying"),
+        fan_in_fan_out=flag("fan_in_fan_out"),
         init=_init(left.pop("init_lora_weights", True), file),
     )
     if not all(_SEGMENTS.fullmatch(name) for name in config.saved):
