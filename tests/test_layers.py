@@ -88,6 +88,7 @@ ORDER = [
     "cli._convert",
     "cli._shards",
     "cli._torch_names",
+    "cli._compare",
     "cli._merge",
     "cli",
     "__main__",

@@ -95,9 +95,9 @@ def _leaf(path: str, leaf: Any) -> Leaf:
         )
     if is_quantized(leaf):
         parts = [_sample(x) for x in jax.tree.leaves(leaf)]
-        return Leaf(_quantized_kind(leaf), tuple(leaf.shape), _checksum(*parts))
+        return Leaf(_quantized_kind(leaf), tuple(leaf.shape), checksum_of(*parts))
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return Leaf(str(leaf.dtype), tuple(leaf.shape), _checksum(_sample(leaf)))
+        return Leaf(str(leaf.dtype), tuple(leaf.shape), checksum_of(_sample(leaf)))
     if callable(leaf):
         return Leaf("function", None, "")
     return Leaf(type(leaf).__name__, None, f"{zlib.crc32(repr(leaf).encode()):08x}")
@@ -113,19 +113,25 @@ def _quantized_kind(w: Any) -> str:
     return f"{w.kind} of {jnp.dtype(w.dtype).name}, {blocks}{along}{double}"
 
 
-def _checksum(*samples: np.ndarray) -> str:
+def checksum_of(*samples: np.ndarray) -> str:
+    """Of the bits of such samples."""
     crc = 0
     for sample in samples:
         crc = zlib.crc32(np.ascontiguousarray(sample).tobytes(), crc)
     return f"{crc:08x}"
 
 
+def sample_places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """The indices, along each dim, of the elements that are looked at."""
+    size = math.prod(shape)
+    flat = np.linspace(0, size - 1, min(size, SAMPLES)).astype(np.int64)
+    return tuple(p.astype(np.int32) for p in np.unravel_index(flat, shape)) if shape else ()
+
+
 def _sample(x: Any) -> np.ndarray:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    size = math.prod(x.shape)
-    flat = np.linspace(0, size - 1, min(size, SAMPLES)).astype(np.int64)
-    places = tuple(p.astype(np.int32) for p in np.unravel_index(flat, x.shape)) if x.shape else ()
+    places = sample_places(x.shape)
     return np.asarray(x)[places] if _is_near(x) else np.asarray(_gathered(x, places))
 
 

@@ -147,8 +147,14 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         "--names",
         type=pathlib.Path,
         metavar="FILE",
-        help="JSON: for an adapter of jaxlora on a base with PyTorch's names, the map of "
-        "jaxlora.peft; without it, the base's keys have to be the params' paths",
+        help="JSON, the map of jaxlora.peft. For an adapter of jaxlora on a base with PyTorch's "
+        "names: from its params' paths; without it, the base's keys have to be those paths. For "
+        "one of PEFT's, whose map is read off it: from the base's keys, where shapes do not tell",
+    )
+    merge.add_argument(
+        "--allow-base-mismatch",
+        action="store_true",
+        help="merge an adapter of jaxlora into another base than its own, of the same shapes",
     )
     merge.add_argument("--quiet", action="store_true", help="no progress bar")
     merge.set_defaults(run=_run_merge)
@@ -157,4 +163,13 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
 def _run_merge(args: argparse.Namespace) -> None:
     from jaxlora.cli._merge import merge
 
-    print(merge(args.base, args.adapter, args.out, names=args.names, quiet=args.quiet))
+    print(
+        merge(
+            args.base,
+            args.adapter,
+            args.out,
+            names=args.names,
+            allow_base_mismatch=args.allow_base_mismatch,
+            quiet=args.quiet,
+        )
+    )
