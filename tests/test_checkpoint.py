@@ -35,12 +35,11 @@ from jaxlora import (
     FullWeight,
     LoraConfig,
     LoraWeight,
-    _fingerprint,
-    _packed,
     _placement,
     checkpoint,
 )
 from jaxlora._errors import CheckpointError, TargetError
+from jaxlora.checkpoint import _fingerprint, _item, _packed, _versions
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -479,8 +478,8 @@ def test_quantized_weights_on_a_mesh(block_size: int, along: Any):
     spec = P(None, None, "model") if along is not None and w.is_columnwise else P(None, "model")
     spread = NamedSharding(MESHES["two"], spec)
     w = jax.tree.map(lambda x: jax.device_put(x, spread) if x is w.codes else x, w)
-    a = _placement.place(np.ones((2, 32, 3)), w, _placement.dims_of("a", "sio"))
-    b = _placement.place(np.ones((2, 3, 128)), w, _placement.dims_of("b", "sio"))
+    a = _placement.place(np.ones((2, 32, 3), np.float32), w, _placement.dims_of("a", "sio"))
+    b = _placement.place(np.ones((2, 3, 128), np.float32), w, _placement.dims_of("b", "sio"))
     rows, columns = (P(None, "model"), P()), (P(), P(None, None, "model"))
     expected = rows if along is None else columns if w.is_columnwise else (P(), P())
     for x, spec in zip((a, b), expected, strict=True):
@@ -491,7 +490,7 @@ def test_a_sharding_without_a_spec():
     """As some compiled programs give their outputs: on all of its devices."""
     everywhere = GSPMDSharding.get_replicated(jax.devices())
     w = jax.device_put(normal(4, 6), everywhere)
-    a = _placement.place(np.ones((4, 2)), w, _placement.dims_of("a", "io"))
+    a = _placement.place(np.ones((4, 2), np.float32), w, _placement.dims_of("a", "io"))
     assert a.sharding.is_equivalent_to(everywhere, 2)
 
 
@@ -793,7 +792,7 @@ def test_older_versions_that_cannot_be_removed(tmp_path, monkeypatch):
     def fail(root: Any) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(checkpoint, "_remove_temporary", fail)
+    monkeypatch.setattr(_versions, "_remove_temporary", fail)
     with pytest.raises(CheckpointError, match="The adapter is saved"):
         checkpoint.save(tmp_path, second)
     monkeypatch.undo()
@@ -893,7 +892,7 @@ def test_a_failed_save_is_tidied_up(tmp_path, monkeypatch):
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", fail)
+    monkeypatch.setattr(_item, "_write", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoint.save(tmp_path, lora)
     assert [path.name for path in tmp_path.iterdir()] == ["v1"]

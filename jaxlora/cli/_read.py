@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
 from jaxlora import _paths
 from jaxlora._errors import AdapterFileError, TargetError
@@ -19,6 +20,7 @@ from jaxlora.checkpoint._description import Adapter, Description
 from jaxlora.checkpoint._item import DESCRIPTION, Handler, read_description
 from jaxlora.checkpoint._packed import unpack
 from jaxlora.checkpoint._versions import absolute, locate
+from jaxlora.cli._shards import open_base
 
 PEFT_CONFIG = "adapter_config.json"
 
@@ -127,8 +129,6 @@ def read_params(path: pathlib.Path) -> dict[str, np.ndarray]:
       TargetError: neither is there.
     """
     if path.is_file():
-        from jaxlora.cli._shards import open_base
-
         leaves = open_base(path).leaves()
         joined = any("/" in key for key in leaves)
         return {key if joined else key.replace(".", "/"): x for key, x in leaves.items()}
@@ -136,8 +136,6 @@ def read_params(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
-    import orbax.checkpoint as ocp
-
     handler = ocp.PyTreeCheckpointHandler()
     where = absolute(path)
     try:

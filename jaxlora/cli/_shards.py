@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlora import _paths
 from jaxlora._errors import AdapterFileError, TargetError
+from jaxlora.peft._files import safetensors_module
 
 _INDEX = ".safetensors.index.json"
 _DTYPES: dict[str, Any] = {
@@ -134,10 +135,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 
 def _open(file: pathlib.Path) -> Shard:
-    import safetensors
-
     try:
-        with safetensors.safe_open(file, framework="np") as checked:
+        with safetensors_module().safe_open(file, framework="np") as checked:
             metadata = checked.metadata()
     except FileNotFoundError:
         raise AdapterFileError(f"{file}: not found, expected a shard of the model.") from None
