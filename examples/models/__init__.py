@@ -1,0 +1,1 @@
+"""Models for the examples. They know nothing of LoRA."""
