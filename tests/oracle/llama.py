@@ -27,8 +27,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from llama_models import FILE, weight
 
 SMALL = {
