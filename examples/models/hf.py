@@ -552,12 +552,14 @@ def save(
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     expected = {leaf.path: leaf.shape for leaf in wanted}
     for path in (*expected, *flat):
-        got = tuple(flat[path].shape) if hasattr(flat.get(path), "shape") else None
-        if got != expected.get(path) or not hasattr(flat[path], "__array__"):
+        leaf = flat.get(path)
+        got = tuple(leaf.shape) if isinstance(leaf, jax.Array | np.ndarray) else None
+        if got is None or got != expected.get(path):
             raise ModelError(
-                f"{path}: got {type(flat.get(path)).__name__} of shape {got}, expected an array of "
-                f"{expected.get(path)}: hf.save(directory, config, params), with plain params "
-                "(jaxlora.merge(lora), if there are adapters; dequantized, if they are quantized)."
+                f"{path}: got {f'shape {got}' if got else type(leaf).__name__}, expected "
+                f"{f'shape {expected[path]}' if path in expected else 'nothing'}: the plain arrays "
+                f"of a {config.model_type}. Of a tree with adapters, hf.save(directory, config, "
+                "jaxlora.merge(lora)); of a quantized one, jaxlora.dequantize(params)."
             )
     dtypes = {path: np.dtype(dtype or leaf.dtype) for path, leaf in flat.items()}
     plan, sizes = _plan(wanted, dtypes, max_shard_bytes)

@@ -398,10 +398,9 @@ class Llama(nn.Module):
     >>> config = hf.read_config({"model_type": "llama", "vocab_size": 8, "hidden_size": 4,
     ...     "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2})
     >>> model, tokens = Llama(config), jnp.array([[1, 2, 3]])
-    >>> variables = model.init(jax.random.key(0), tokens)
-    >>> hidden = model.apply(variables, tokens, method="hidden_states")
-    >>> hidden.shape, model.apply(variables, hidden, method="head").shape
-    ((1, 3, 4), (1, 3, 8))
+    >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    >>> jax.jit(model.apply)(variables, tokens).shape
+    (1, 3, 8)
     """
 
     config: Config
