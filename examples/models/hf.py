@@ -235,8 +235,8 @@ def config_json(config: Config, dtype: Any = np.float32) -> dict[str, Any]:
         "eos_token_id",
         "pad_token_id",
     )
-    found = {"architectures": [_ARCHITECTURES[config.model_type]], "hidden_act": "silu"}
-    found |= {field: getattr(config, field) for field in same}
+    found: dict[str, Any] = {"architectures": [_ARCHITECTURES[config.model_type]]}
+    found |= {"hidden_act": "silu"} | {field: getattr(config, field) for field in same}
     scaling = config.rope_scaling
     if scaling is not None:
         found["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -396,8 +396,8 @@ def _surplus(name: str, source: Tensors, config: Config) -> bool:
 def _load(leaf: Leaf, source: Tensors, dtype: Any, sharding: Shardings) -> jax.Array:
     dtype = source.dtype(leaf.tensors[0]) if dtype is None else dtype
 
-    def part(index: Part) -> np.ndarray:
-        index = index + (slice(None),) * (len(leaf.shape) - len(index))
+    def part(index: Part | None) -> np.ndarray:
+        index = index or (slice(None),) * len(leaf.shape)
         layers = range(leaf.shape[0])[index[0]] if leaf.stacked else range(1)
         within = index[leaf.stacked :]
         if leaf.transposed:
@@ -415,7 +415,7 @@ def _load(leaf: Leaf, source: Tensors, dtype: Any, sharding: Shardings) -> jax.A
     if callable(sharding) and not isinstance(sharding, Sharding):
         sharding = sharding(leaf.path, leaf.shape)
     if sharding is None:
-        return jax.device_put(part(()))
+        return jax.device_put(part(None))
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 

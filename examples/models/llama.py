@@ -123,8 +123,13 @@ def names(config: Config) -> dict[str, Any]:
     return found
 
 
-# For `LoraConfig(roles=ROLES)`, in place of `trace_roles`: the layers are stacked.
-ROLES = {r"layers/(self_attn|mlp)/\w+_proj/kernel": "sio"}
+# For `LoraConfig(roles=ROLES)`, or `roles=ROLES` elsewhere, in place of `trace_roles`: the layers
+# are stacked.
+ROLES = {
+    f"layers/{block}/{name}_proj/kernel": "sio"
+    for block, names_ in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+    for name in names_
+}
 
 
 class Cache(NamedTuple):
@@ -159,7 +164,7 @@ def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32)
 def positions_of(segment_ids: jax.Array) -> jax.Array:
     """The position of each token since its segment began.
 
-    >>> positions_of(jnp.array([[0, 0, 1, 1, 1, 2, 2]])).tolist()
+    >>> jax.jit(positions_of)(jnp.array([[0, 0, 1, 1, 1, 2, 2]])).tolist()
     [[0, 1, 0, 1, 2, 0, 1]]
     """
     index = jnp.arange(segment_ids.shape[1])
@@ -222,7 +227,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        norm = partial(_normalized, eps=self.eps)
+        norm: Callable[[jax.Array], jax.Array] = partial(_normalized, eps=self.eps)
         if x.dtype != jnp.float32:  # else the float32 copy would live until the backward pass
             norm = jax.checkpoint(norm, prevent_cse=False)
         return norm(x) * scale.astype(self.dtype)

@@ -66,8 +66,8 @@ class Text(NamedTuple):
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)  # type: ignore[assignment]
-        tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+        tokenizer.decoder = decoders.ByteLevel()
         marks = [AddedToken(self.tokens[i], special=True, normalized=False) for i in self.special]
         tokenizer.add_special_tokens(marks)
         return tokenizer
