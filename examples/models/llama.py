@@ -324,15 +324,15 @@ class Attention(nn.Module):
                 for z in (cache.k, cache.v)
             )
         window = c.sliding_window if mask is None else None
-        out = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            mask=mask,
+        attend: Any = partial(
+            jax.nn.dot_product_attention,
             is_causal=mask is None,
             local_window_size=None if window is None else (window - 1, 0),
-            implementation=self.implementation,  # type: ignore[arg-type]
+            implementation=self.implementation,
         )
+        if self.implementation != "cudnn":  # which keeps no (T, S) array for the backward pass
+            attend = jax.checkpoint(attend, prevent_cse=False)
+        out = attend(q, k, v, mask=mask)
         out = checkpoint_name(out.reshape(*x.shape[:-1], -1), "attention")
         dense = nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o_proj", **dtypes)
         return dense(out), cache
