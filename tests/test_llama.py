@@ -353,7 +353,19 @@ LLAMA = {
         ({"rope_interleaved": True}, "rope_interleaved: got True"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling: got type 'yarn'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters: got type 'dynamic'"),
-        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "expected numbers low_freq_factor"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "expected a positive low_freq_fac"),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "expected a positive factor"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            "expected low_freq_factor below high_freq_factor",
+        ),
         ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "expected no partial_rotary_factor"),
         ({"model_type": "qwen2", "attention_bias": True}, "attention_bias: got True"),
         ({"model_type": "mistral", "attention_bias": True}, "gives mistral no bias"),

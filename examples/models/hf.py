@@ -153,7 +153,7 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         sliding_window=window,
         sliding_layers=slides,
         bos_token_id=fields.get("bos_token_id"),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+        eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else eos,
         pad_token_id=fields.get("pad_token_id"),
     )
 
@@ -173,9 +173,14 @@ def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, R
         raise ModelError(
             f"{where}: {name}: got type {kind!r}, expected one of default, {', '.join(keys)}."
         )
-    missing = [key for key in keys[kind] if not isinstance(given.get(key), int | float)]
+    missing = [key for key in keys[kind] if not _is_positive(given.get(key))]
     if missing:
-        raise ModelError(f"{where}: {name}: got {given!r}, expected numbers {', '.join(missing)}.")
+        missing = [f"a positive {key}" for key in missing]
+        raise ModelError(f"{where}: {name}: got {given!r}, expected {', '.join(missing)}.")
+    if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise ModelError(
+            f"{where}: {name}: got {given!r}, expected low_freq_factor below high_freq_factor."
+        )
     if kind == "linear":
         return theta, RopeScaling(kind=kind, factor=float(given["factor"]))
     original = given.get("original_max_position_embeddings") or longest
@@ -184,6 +189,10 @@ def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, R
         original_max_position_embeddings=int(original),
         **{key: float(given[key]) for key in keys[kind]},
     )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _windows(
