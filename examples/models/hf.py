@@ -405,21 +405,19 @@ def _surplus(name: str, source: Tensors, config: Config) -> bool:
 def _load(leaf: Leaf, source: Tensors, dtype: Any, sharding: Shardings) -> jax.Array:
     dtype = source.dtype(leaf.tensors[0]) if dtype is None else dtype
 
+    def read(tensor: str, part: Part) -> np.ndarray:
+        return source.read(tensor, part[::-1]).T if leaf.transposed else source.read(tensor, part)
+
     def part(index: Part | None) -> np.ndarray:
         index = index or (slice(None),) * len(leaf.shape)
-        layers = range(leaf.shape[0])[index[0]] if leaf.stacked else range(1)
-        within = index[leaf.stacked :]
-        if leaf.transposed:
-            within = within[::-1]
-        parts: np.ndarray | None = None
-        for i, layer in enumerate(layers):
-            read = source.read(leaf.tensors[layer], within)
-            read = read.T if leaf.transposed else read
-            if parts is None:
-                parts = np.empty((len(layers), *read.shape), dtype)
-            parts[i] = read
-        assert parts is not None
-        return parts if leaf.stacked else parts[0]
+        if not leaf.stacked:
+            return np.ascontiguousarray(read(leaf.tensors[0], index), dtype)
+        layers, within = leaf.tensors[index[0]], index[1:]
+        first = read(layers[0], within)
+        stack = np.empty((len(layers), *first.shape), dtype)
+        for i, tensor in enumerate(layers):
+            stack[i] = read(tensor, within) if i else first
+        return stack
 
     if callable(sharding) and not isinstance(sharding, Sharding):
         sharding = sharding(leaf.path, leaf.shape)
