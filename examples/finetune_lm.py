@@ -1,0 +1,573 @@
+"""Fine-tunes a small language model on chats, with LoRA or QLoRA, end to end.
+
+    python examples/finetune_lm.py                         # the default task, minutes on two cores
+    python examples/finetune_lm.py --data chats.jsonl --model Qwen/Qwen2.5-0.5B-Instruct
+    python examples/finetune_lm.py --data HuggingFaceH4/ultrachat_200k:train_sft --max-rows 3000
+
+You will see, in this order: the model and its adapter; the loss on held-out rows, and some answers;
+training; and then the adapter saved, for jaxlora and for PEFT, read again, merged, and exported
+as a model that Transformers opens, whose loss and answers are those of the second row of the table.
+
+A run that ends early, by SIGTERM, SIGKILL or a power cut, goes on with `--resume`, to the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import batches
+import chat_data
+import chat_template
+import generate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orders_task
+import pretrained
+import training
+from models import hf, llama
+from run_log import RunLog, draw, peak_memory
+from tqdm import tqdm
+
+import jaxlora
+from jaxlora import checkpoint, peft
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run computes depends on these, and on nothing else. Defaults: Qwen's SFT with QLoRA.
+
+    `--help` has their meanings; PEFT's and TRL's names for them are the same or near.
+    """
+
+    model: str = pretrained.DEFAULT
+    data: str | None = None
+    eval_data: str | None = None
+    eval_rows: int = 100
+    max_rows: int | None = None
+    rank: int = 64
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: str = "q_proj,k_proj,v_proj"
+    quantize: str = "nf4"
+    batch: int = 2
+    accumulate: int = 4
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    epochs: int = 1
+    max_length: int = 512
+    packing: bool = True
+    dtype: str = "auto"
+    remat: str = "layer"
+    metric: str = "none"
+    metric_rows: int = 20
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+# The default task, made to be over in minutes on two cores: what differs from the above. Many small
+# steps at a higher rate, on all layers of the model, and nothing computed twice.
+ORDERS = Settings(
+    rank=16,
+    dropout=0.0,
+    targets=",".join(LAYERS),
+    quantize="none",
+    batch=1,
+    accumulate=1,
+    learning_rate=1e-3,
+    max_length=256,
+    remat="none",
+    metric="exact",
+    metric_rows=10,
+    max_new_tokens=48,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, settings = parse_args(argv)
+    try:
+        return run(settings, args)
+    except (chat_data.DataError, chat_template.TemplateError, hf.ModelError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFinite as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+
+
+def run(settings: Settings, args: argparse.Namespace) -> int:
+    began = time.time()
+    folder = args.out / "checkpoints"
+    prepare(args.out, args.resume, args.overwrite)
+
+    heading("1. The model, the data, the adapter")
+    dtype = dtype_of(settings.dtype)
+    base = pretrained.load(settings.model, dtype)
+    remat = {"none": None, "layer": ()}.get(settings.remat, settings.remat.split(","))
+    model = llama.Llama(base.config, dtype=dtype, remat=remat)
+    kept = base.config.num_hidden_layers, base.config.hidden_size
+    print(f"{base.source}: {kept[0]} layers of width {kept[1]}, in {dtype.__name__}")
+    rows, held_out = load_rows(settings)
+    train_set = encoded(base.tokenizer, rows, settings, "training")
+    eval_set = encoded(base.tokenizer, held_out, settings, "held-out")
+
+    params = base.params
+    if settings.quantize != "none":
+        params = jaxlora.quantize(
+            params, LAYERS, roles=llama.ROLES, kind=settings.quantize, donate=True
+        )
+    config = jaxlora.LoraConfig(
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        targets=settings.targets.split(","),
+    )
+    init = jax.jit(lambda params, key: jaxlora.init(key, params, config, roles=llama.ROLES))
+    lora = init(params, jax.random.key(settings.seed))
+    base = base._replace(params=None)
+    print(jaxlora.summary(lora))
+    trainable, frozen = jaxlora.partition(lora)
+
+    bins, length = batches.bins_of(
+        train_set, settings.max_length, settings.packing, settings.seed
+    )
+    shape = {"batch": settings.batch, "accumulate": settings.accumulate}
+    dataset = batches.dataset(
+        bins,
+        length,
+        **shape,
+        epochs=settings.epochs,
+        pad=base.tokenizer.pad,
+        seed=settings.seed,
+    )
+    total = len(dataset)
+    warmup = math.ceil(settings.warmup * total)
+    rate = training.schedule(settings.schedule, settings.learning_rate, total, warmup)
+    tx = optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(rate, weight_decay=settings.weight_decay),
+    )
+    state = training.start(tx, trainable)
+    iterator = iter(dataset.to_iter_dataset())
+    checkpoints = training.Checkpoints(folder)
+    done = checkpoints.latest() if args.resume else None
+    if done is not None:
+        check_same(settings, checkpoints.notes(done))
+        state = checkpoints.restore(done, state, params, iterator)
+        print(f"resumed after step {done} of {total}")
+    log = RunLog(args.out / "log.jsonl", done, args.tensorboard)
+
+    evaluate = training.make_evaluation(model)
+    eval_bins, eval_length = batches.bins_of(
+        eval_set, settings.max_length, settings.packing, settings.seed
+    )
+    eval_batches = [
+        batches.fill(eval_bins[i : i + 2], 2, eval_length, base.tokenizer.pad)
+        for i in range(0, len(eval_bins), 2)
+    ]
+    generator = generate.Generator(model, base.tokenizer.stop, base.tokenizer.pad)
+    asked = [row for row in held_out if row.messages][: settings.metric_rows]
+
+    def measure(params: Any, step: int) -> None:
+        """The loss of held-out rows, answers to some of them, and the metric of these."""
+        found = evaluate(params, eval_batches)._asdict()
+        if asked:
+            answers, speed = answer(generator, params, base.tokenizer, asked, settings)
+            found |= {"answers": answers, "generated_per_s": round(speed, 1)}
+            if settings.metric != "none":
+                right = METRICS[settings.metric]
+                hits = [right(got, row.answer) for got, row in zip(answers, asked, strict=True)]
+                found["metric"] = sum(hits) / len(hits)
+        log("eval", step, **found, seconds=round(time.time() - began, 1))
+
+    if done is None:
+        heading("2. Before")
+        log("start", 0, settings=dataclasses.asdict(settings), steps=total)
+        measure(params, 0)
+        report(log.of("eval")[-1], settings)
+
+    heading(f"3. Training: {total} steps of {settings.batch * settings.accumulate} x {length} tokens")
+    step = training.make_step(model, tx, seed=settings.seed, dropout=settings.dropout > 0)
+    notes = {"settings": dataclasses.asdict(settings)}
+    with Terminated() as terminated:
+        for state, at in train(step, state, frozen, iterator, total, rate, log, args):
+            last = at == total or terminated.asked
+            if last or (args.save_every and at % args.save_every == 0):
+                checkpoints.save(state, frozen, iterator, notes)
+            if terminated.asked and at < total:
+                checkpoints.close()
+                print(f"\nSIGTERM: saved after step {at}; the same command with --resume goes on")
+                return 128 + signal.SIGTERM
+            if args.eval_every and at % args.eval_every == 0 and at < total:
+                lora = jaxlora.combine(state.trainable, frozen)
+                found = evaluate(lora, eval_batches)
+                log("eval", at, **found._asdict())
+    checkpoints.close()
+
+    heading("4. Saved, read again, merged, exported")
+    lora = jaxlora.combine(state.trainable, frozen)
+    exported = finish(lora, params, base, config, dtype, args.out)
+    del lora, state, frozen, params
+
+    heading("5. After: what the exported model does")
+    measure(exported, total)
+    report(log.of("eval")[-1], settings)
+    table(log, settings)
+    log("end", total, seconds=round(time.time() - began, 1))
+    log.close()
+    title = f"{base.source}, {len(train_set):,} rows, rank {settings.rank}"
+    draw(log, title, args.out / "loss.png")
+    print(f"{args.out}: adapter, peft, model, loss.png, log.jsonl; {time.time() - began:.0f} s")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_rows(settings: Settings) -> tuple[list[chat_data.Row], list[chat_data.Row]]:
+    """Training and held-out rows."""
+    if settings.data is None:
+        count = 500 if settings.max_rows is None else settings.max_rows
+        made = orders_task.make(count, settings.eval_rows)
+        numbered = [
+            [chat_data.Row(i, tuple(order.messages())) for i, order in enumerate(orders, 1)]
+            for orders in made
+        ]
+        print(f"orders: {len(numbered[0])} to train on, {len(numbered[1])} held out")
+        return numbered[0], numbered[1]
+    rows, left_out = chat_data.read(settings.data)
+    order = np.random.default_rng(settings.seed).permutation(len(rows))
+    rows = [rows[i] for i in order]
+    if settings.eval_data is not None:
+        held_out = chat_data.read(settings.eval_data).rows[: settings.eval_rows]
+    else:
+        if len(rows) < 2:
+            raise chat_data.DataError(f"{settings.data}: has 1 row, expected one to hold out too.")
+        count = min(settings.eval_rows, max(1, len(rows) // 5))
+        held_out, rows = rows[:count], rows[count:]
+    rows = rows[: settings.max_rows]
+    without = f" ({left_out} without a human's answer left out)" if left_out else ""
+    print(f"{settings.data}: {len(rows)} to train on, {len(held_out)} held out{without}")
+    return rows, held_out
+
+
+def encoded(
+    tokenizer: chat_template.ChatTokenizer,
+    rows: Sequence[chat_data.Row],
+    settings: Settings,
+    what: str,
+) -> list[batches.Example]:
+    """Rows as tokens, cut to the longest length; says what was cut, and what that left empty."""
+    where = settings.data or "orders"
+    examples = []
+    for row in rows:
+        try:
+            examples.append(batches.Example(row.number, *tokens_of(tokenizer, row)))
+        except chat_template.TemplateError as error:
+            raise chat_template.TemplateError(f"{where}: row {row.number}: {error}") from error
+    kept, cut, dropped = batches.shortened(examples, settings.max_length)
+    if not kept:
+        raise chat_data.DataError(
+            f"{where}: no {what} row has an answer within {settings.max_length} tokens, expected "
+            "a larger --max-length."
+        )
+    tokens = sum(len(e.tokens) for e in kept)
+    learned = sum(int(e.mask[1:].sum()) for e in kept)
+    print(f"  {what}: {tokens:,} tokens, {learned:,} of them to be learned", end="")
+    print(f"; {cut} rows cut, {dropped} of them left without an answer" if cut else "")
+    return kept
+
+
+def tokens_of(
+    tokenizer: chat_template.ChatTokenizer, row: chat_data.Row
+) -> tuple[np.ndarray, np.ndarray]:
+    if row.messages is None:
+        return tokenizer.text(row.text or "")
+    if tokenizer.template is None and [m["role"] for m in row.messages] == ["user", "assistant"]:
+        return tokenizer.completion(*(m["content"] for m in row.messages))
+    return tokenizer.chat(row.messages)
+
+
+def prompt_of(tokenizer: chat_template.ChatTokenizer, row: chat_data.Row) -> np.ndarray:
+    if tokenizer.template is None:
+        tokens, mask = tokens_of(tokenizer, row)
+        return tokens[mask == 0]
+    return tokenizer.prompt(row.question)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+class NonFinite(Exception):
+    """A loss or a gradient that is no number."""
+
+
+def train(
+    step: Callable[..., Any],
+    state: training.State,
+    frozen: Any,
+    iterator: Any,
+    total: int,
+    rate: optax.Schedule,
+    log: RunLog,
+    args: argparse.Namespace,
+) -> Iterator[tuple[training.State, int]]:
+    """Yields (state, step's number) after each step; the state is donated to the next one."""
+    first = int(state.step) + 1
+    with tqdm(total=total, initial=first - 1, unit="step", disable=None) as bar:
+        for at in range(first, total + 1):
+            batch, rows = next(iterator)
+            began = time.time()
+            state, found = step(state, frozen, batch)
+            loss, norm = float(found.loss), float(found.norm)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NonFinite(
+                    f"step {at}: the loss is {loss}, the gradient's norm {norm}. Its rows are "
+                    f"{sorted(rows)}. Nothing of this step was saved. Look at these rows, or try "
+                    "a smaller --learning-rate."
+                )
+            speed = float((batch.segment_ids > 0).sum()) / (time.time() - began)
+            memory = peak_memory() / 2**30
+            log(
+                "train",
+                at,
+                loss=loss,
+                accuracy=float(found.accuracy),
+                norm=norm,
+                rate=float(rate(at - 1)),
+                tokens_per_s=round(speed, 1),
+                memory_gib=round(memory, 3),
+            )
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, {memory:.2f} GiB")
+            bar.update()
+            if at % args.log_every == 0 and bar.disable:
+                print(f"step {at:5} of {total}  loss {loss:.4f}  {speed:,.0f} tokens/s", flush=True)
+            yield state, at
+
+
+class Terminated:
+    """While it is entered, SIGTERM only sets `asked`: the step that runs is finished, and saved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Terminated:
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def prepare(out: Path, resume: bool, overwrite: bool) -> None:
+    """A folder to write to. An unfinished run in it is not lost by mistake."""
+    log, checkpoints = out / "log.jsonl", out / "checkpoints"
+    if checkpoints.is_dir() and not resume:
+        ended = log.is_file() and '"event": "end"' in log.read_text()
+        if not (ended or overwrite):
+            raise ValueError(
+                f"{out}: has an unfinished run, expected --resume to go on with it, --overwrite, "
+                "or another --out."
+            )
+        shutil.rmtree(checkpoints)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def check_same(settings: Settings, notes: dict[str, Any]) -> None:
+    now, before = dataclasses.asdict(settings), notes["settings"]
+    odd = [f"{k}: got {now.get(k)!r}, had {before.get(k)!r}" for k in now if now[k] != before.get(k)]
+    if odd:
+        raise ValueError("--resume: expected the settings of the run that began:\n  " + "\n  ".join(odd))
+
+
+# --------------------------------------------------------------------------------------------------
+# Before and after
+
+
+def _last_number(text: str) -> str | None:
+    """After '####' as in GSM8K, else the last one.
+
+    >>> _last_number("so 2 + 3 = 5. #### 1,200")
+    '1200'
+    """
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
+    return numbers[-1].replace(",", "").rstrip(".") if numbers else None
+
+
+METRICS: dict[str, Callable[[str, str], bool]] = {
+    "exact": lambda got, wanted: got.strip() == wanted.strip(),
+    "number": lambda got, wanted: _last_number(got) == _last_number(wanted),
+}
+
+
+def answer(
+    generator: generate.Generator,
+    params: Any,
+    tokenizer: chat_template.ChatTokenizer,
+    rows: Sequence[chat_data.Row],
+    settings: Settings,
+) -> tuple[list[str], float]:
+    """Greedy answers, and how many tokens a second that made."""
+    prompts = [prompt_of(tokenizer, row)[-settings.max_length :] for row in rows]
+    began = time.time()
+    made = generator(params, prompts, settings.max_new_tokens)
+    tokens = sum(len(t) for t in made.tokens)
+    return [tokenizer.decode(t) for t in made.tokens], tokens / (time.time() - began)
+
+
+def finish(
+    lora: Any,
+    params: Any,
+    base: pretrained.Pretrained,
+    config: jaxlora.LoraConfig,
+    dtype: Any,
+    out: Path,
+) -> Any:
+    """Saves the adapter twice, reads it twice, merges, exports; the exported params."""
+    names = llama.names(base.config)
+    checkpoint.save(out / "adapter", lora, config=config)
+    peft.save(
+        out / "peft", lora, names, base_model_name=base.source, task_type="CAUSAL_LM"
+    )
+    trained = jaxlora.partition(lora)[0]
+    for name, again in {
+        "adapter": checkpoint.restore(out / "adapter", params),
+        "peft": peft.load(out / "peft", params, names),
+    }.items():
+        pairs = zip(
+            jax.tree.leaves(trained), jax.tree.leaves(jaxlora.partition(again)[0]), strict=True
+        )
+        if not all(np.array_equal(x, y) for x, y in pairs):
+            raise ValueError(f"{out / name}: read again, it has other values than were trained.")
+        size = sum(p.stat().st_size for p in (out / name).rglob("*") if p.is_file())
+        print(f"{out / name}: {size / 2**20:.1f} MiB, reads back bit for bit")
+    pretrained.save(out / "model", jaxlora.merge(again), base)
+    print(f"{out / 'model'}: merged, as Transformers reads it")
+    return hf.load(out / "model", dtype=dtype)[1]
+
+
+def report(found: dict[str, Any], settings: Settings) -> None:
+    print(f"held-out loss {found['loss']:.4f} nats a token")
+    for text in found.get("answers", [])[:2]:
+        print(f"  {text if len(text) <= 300 else text[:297] + '...'!r}")
+
+
+def table(log: RunLog, settings: Settings) -> None:
+    before, after = log.of("eval")[0], log.of("eval")[-1]
+    rows = {
+        "held-out loss, nats a token": ("loss", "{:.4f}"),
+        "held-out tokens predicted": ("accuracy", "{:.1%}"),
+        "held-out answers right from end to end": ("exact", "{:.1%}"),
+        f"{settings.metric} match of {settings.metric_rows} generated": ("metric", "{:.1%}"),
+    }
+    print(f"\n{'':42}{'before':>10}{'after':>10}")
+    for name, (key, form) in rows.items():
+        if key in before and key in after:
+            print(f"{name:42}{form.format(before[key]):>10}{form.format(after[key]):>10}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def dtype_of(name: str) -> Any:
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+HELP = {
+    "model": "a directory or a hub name",
+    "data": "JSON lines of chats, prompts and completions, or texts; or a hub data set, name:split",
+    "eval_data": "held-out rows; without, some of the data",
+    "eval_rows": "how many rows to hold out, a fifth of the data at most",
+    "max_rows": "train on the first so many",
+    "targets": "names of layers, joined by commas",
+    "quantize": "the base: nf4 (double quantization), int8 or none",
+    "batch": "rows of a microbatch",
+    "accumulate": "microbatches of a step",
+    "warmup": "which part of the steps the rate rises",
+    "clip": "the largest norm of a gradient",
+    "max_length": "of a row, in tokens; of a bin, with packing",
+    "packing": "several rows in one, each attending to itself",
+    "dtype": "of base and arithmetic; auto: bfloat16, on a CPU float32",
+    "remat": "what is computed again: none, layer, or all but some names, see models/llama.py",
+    "metric": "of generated answers: exact, number (the last one, as in GSM8K) or none",
+    "metric_rows": "how many held-out rows to answer, before and after",
+}
+CHOICES = {
+    "quantize": ("nf4", "int8", "none"),
+    "schedule": ("cosine", "linear", "constant"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "metric": ("exact", "number", "none"),
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
+    doc = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=doc[0], epilog=doc[2], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    own = Settings()
+    for field in dataclasses.fields(Settings):
+        name, default = field.name, getattr(own, field.name)
+        here = getattr(ORDERS, name)
+        text = HELP.get(name, name.replace("_", " "))
+        text += f" [{default}" + (f"; without --data {here}]" if here != default else "]")
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": None}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = int if name == "max_rows" else type(default) if default is not None else str
+            options["choices"] = CHOICES.get(name)
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    parser.add_argument("--out", type=Path, default=Path("out/finetune_lm"))
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="an unfinished run in --out")
+    parser.add_argument("--save-every", type=int, default=50, help="steps; 0: at the end alone")
+    parser.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
+    parser.add_argument("--log-every", type=int, default=10, help="steps, where no bar is shown")
+    parser.add_argument("--tensorboard", type=Path, help="a folder for its events")
+    parser.add_argument("--short", action="store_true", help="seconds: few rows, few steps")
+    args = parser.parse_args(argv)
+    defaults = own if args.data is not None else ORDERS
+    if args.short:
+        defaults = dataclasses.replace(
+            defaults, max_rows=12, eval_rows=4, metric_rows=2, max_new_tokens=8, rank=4
+        )
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
+    settings = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
+    unknown = [t for t in settings.targets.split(",") if t not in (*LAYERS, "embed_tokens", "lm_head")]
+    if unknown:
+        parser.error(f"--targets: got {','.join(unknown)}, expected some of {','.join(LAYERS)}")
+    return args, settings
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,153 @@
+"""A task whose answers can be checked: orders in free text to strict JSON.
+
+    Could I get half a dozen desk lamps sent to Oslo by the 3rd of May?
+    {"item": "desk lamps", "quantity": 6, "city": "Oslo", "date": "05-03"}
+
+Made here, from a seed: some 30 ways to ask, quantities in digits, words and dozens, dates in seven
+forms. No held-out order is a training order, and about half of them have an item or a city that no
+training order has.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import NamedTuple
+
+SYSTEM = "Write the order as JSON."
+
+
+class Order(NamedTuple):
+    """One row: what is asked, and the JSON that answers it."""
+
+    text: str
+    answer: str
+
+    def messages(self) -> list[dict[str, str]]:
+        contents = {"system": SYSTEM, "user": self.text, "assistant": self.answer}
+        return [{"role": role, "content": content} for role, content in contents.items()]
+
+
+ITEMS = """
+blue pens; desk lamps; paper cups; office chairs; oak shelves; wool blankets; garden hoses;
+coffee mugs; tin buckets; bath towels; wall clocks; rubber boots; steel pans; glass jars; silk ties;
+phone cases; bread knives; picture frames; cotton shirts; leather belts; tea pots; soup bowls;
+paint brushes; door mats; rain coats; tennis balls; wooden spoons; winter tyres; bike helmets;
+camping tents; candle holders; ink cartridges; folding tables; bar stools; plant pots; sun hats;
+travel bags; yoga mats; salt shakers; water bottles; work gloves; bed sheets; ceiling fans;
+hand drills; table cloths; lunch boxes; smoke alarms; laptop stands; pizza stones; fishing rods
+"""
+NEW_ITEMS = """
+guitar strings; baking trays; red notebooks; snow shovels; linen curtains; copper kettles;
+roof tiles; party hats; chess sets; ski poles
+"""
+CITIES = """
+Leeds; Oslo; Lyon; Madrid; Turin; Porto; Ghent; Bergen; Dublin; Vienna; Prague; Athens; Zurich;
+Boston; Denver; Dallas; Seattle; Chicago; Toronto; Montreal; Sydney; Perth; Auckland; Tokyo; Osaka;
+Seoul; Mumbai; Delhi; Nairobi; Lagos; Cairo; Lima; Bogota; Quito; Havana; Geneva; Munich; Hamburg;
+Glasgow; Cardiff
+"""
+NEW_CITIES = "Bristol; Helsinki; Warsaw; Lisbon; Austin; Ottawa; Nantes; Kyoto"
+WORDS = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+).split()
+MONTHS = (
+    "January February March April May June July August September October November December"
+).split()
+# {n} the quantity, {i} the item, {c} the city, {d} the date.
+TEMPLATES = """
+Please send {n} {i} to {c} by {d}.
+Could I get {n} {i} sent to {c} by {d}?
+I'd like to order {n} {i}, delivered to {c} on {d}.
+We need {n} {i} in {c} by {d}, please.
+Hello, {n} {i} for our {c} office, due {d}. Thanks!
+Order: {n} {i}, ship to {c}, arriving {d}.
+By {d}, we must have {n} {i} in {c}.
+Our shop in {c} is out of {i}. Can you bring {n} on {d}?
+Can you deliver {n} {i} to {c} on {d}?
+On {d}, please drop off {n} {i} at our {c} branch.
+My sister in {c} wants {n} {i} for {d}.
+Hi! Put me down for {n} {i}. I live in {c} and need them by {d}.
+{c} store here. We want {n} {i} before {d}.
+Ship {n} {i} to {c}. Deadline: {d}.
+It would be great to have {n} {i} in {c} for {d}.
+Kindly arrange {n} {i} for {c}, delivery date {d}.
+How about {n} {i} for the team in {c}? They should arrive on {d}.
+Date {d}, place {c}: {n} {i}.
+The {c} warehouse is asking for {n} {i} by {d}.
+Send me {n} {i}; the address is in {c}, the date {d}.
+Reserve {n} {i} for pick-up in {c} on {d}.
+I am moving to {c} on {d} and will need {n} {i} there.
+For {d} we have an event in {c}, so add {n} {i} to our account.
+Just {n} {i} this time, to {c}, no later than {d}.
+{n} {i} to {c} by {d}, please!
+Let's make it {n} {i} for {c}, on {d}.
+As agreed on the phone: {n} {i}, {d}, {c}.
+They asked for {n} {i} at the hotel in {c} by {d}.
+You can bring the {n} {i} to {c} on {d}.
+There is a party in {c} on {d}. Get us {n} {i}.
+"""
+
+
+def _quantity(rng: random.Random) -> tuple[str, int]:
+    form = rng.randrange(6)
+    if form == 0:
+        dozens = rng.choice(["a dozen", "two dozen", "half a dozen"])
+        return dozens, {"a dozen": 12, "two dozen": 24, "half a dozen": 6}[dozens]
+    if form <= 2:
+        n = rng.randint(2, 20)
+        return WORDS[n - 1], n
+    n = rng.randint(2, 20) if form == 3 else rng.randint(21, 500)
+    return str(n), n
+
+
+def _date(rng: random.Random) -> tuple[str, str]:
+    month, day = rng.randint(1, 12), rng.randint(1, 28)
+    name = MONTHS[month - 1]
+    suffix = "th" if 11 <= day <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
+    forms = [
+        f"{name} {day}",
+        f"{day} {name}",
+        f"{name} {day}{suffix}",
+        f"the {day}{suffix} of {name}",
+        f"{name[:3]} {day}",
+        f"{day} {name[:3]}",
+        f"{name[:3]} {day}{suffix}",
+    ]
+    return rng.choice(forms), f"{month:02}-{day:02}"
+
+
+def _split(text: str) -> list[str]:
+    return [" ".join(part.split()) for part in text.split(";")]
+
+
+def make(train: int = 500, held_out: int = 100, seed: int = 0) -> tuple[list[Order], list[Order]]:
+    """Training and held-out orders, the same for the same seed.
+
+    >>> train, held_out = make(3, 2)
+    >>> print(train[0].text, train[0].answer, sep="\\n")
+    """
+    rng = random.Random(seed)
+    templates = TEMPLATES.strip().splitlines()
+    items, cities = _split(ITEMS), _split(CITIES)
+    seen: set[str] = set()
+
+    def draw(items: list[str], cities: list[str]) -> Order:
+        while True:
+            (said, n), (day, date) = _quantity(rng), _date(rng)
+            item, city = rng.choice(items), rng.choice(cities)
+            text = rng.choice(templates).format(n=said, i=item, c=city, d=day)
+            text = text[0].upper() + text[1:]
+            answer = json.dumps({"item": item, "quantity": n, "city": city, "date": date})
+            if answer not in seen:
+                seen.add(answer)
+                return Order(text, answer)
+
+    training = [draw(items, cities) for _ in range(train)]
+    testing = []
+    for _ in range(held_out):  # three in ten have a new item, three in ten a new city
+        new_item, new_city = rng.random() < 0.3, rng.random() < 0.3
+        of = _split(NEW_ITEMS) if new_item else items, _split(NEW_CITIES) if new_city else cities
+        testing.append(draw(*of))
+    return training, testing

