@@ -45,8 +45,8 @@ def shortened(examples: Sequence[Example], length: int) -> tuple[list[Example], 
 def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
     """Puts each example into the first bin that has room: bins of at most `length` tokens.
 
-    >>> rows = [Example(i, np.ones(n + 1, int), np.ones(n + 1, int)) for i, n in enumerate([3, 4, 1])]
-    >>> [[e.row for e in bin] for bin in pack(rows, 4)]
+    >>> row = lambda i, size: Example(i, np.ones(size + 1, int), np.ones(size + 1, int))
+    >>> [[e.row for e in bin] for bin in pack([row(0, 3), row(1, 4), row(2, 1)], 4)]
     [[0, 2], [1]]
     """
     bins: list[list[Example]] = []

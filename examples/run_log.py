@@ -84,7 +84,7 @@ def draw(log: RunLog, title: str, path: Path) -> None:
 
     train, held_out = log.of("train"), log.of("eval")
     steps, losses = [e["step"] for e in train], [e["loss"] for e in train]
-    mean = []
+    mean: list[float] = []
     for loss in losses:
         mean.append(loss if not mean else 0.85 * mean[-1] + 0.15 * loss)
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")

@@ -117,7 +117,7 @@ def make_step(
         gradient = jax.tree.map(lambda g: g / tokens, gradient)
         updates, opt = tx.update(gradient, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        report = Report(found.loss / tokens, found.hits / tokens, optax.global_norm(gradient))
+        report = Report(found.loss / tokens, found.hits / tokens, optax.tree.norm(gradient))
         return State(state.step + 1, trainable, opt), report
 
     return step

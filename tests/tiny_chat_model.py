@@ -56,8 +56,10 @@ def write(directory: pathlib.Path, template: str | None = CHATML) -> pathlib.Pat
         llama.Llama(config).init, jax.random.key(0), np.zeros((1, 2), np.int32)
     )["params"]
     params = jax.tree.map(
-        lambda x: rng.normal(0.3 if x.ndim > 1 else 1.0, 0.3, x.shape).astype(np.float32)
-        - (0.3 if x.ndim > 1 else 0.0),
+        lambda x: (
+            rng.normal(0.3 if x.ndim > 1 else 1.0, 0.3, x.shape).astype(np.float32)
+            - (0.3 if x.ndim > 1 else 0.0)
+        ),
         shapes,
     )
     hf.save(directory, config, params)
