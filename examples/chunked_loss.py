@@ -18,8 +18,6 @@ from jax.typing import ArrayLike
 
 # (trainable, frozen, hidden states (N, D)) -> logits (N, V)
 Head = Callable[[Any, Any, jax.Array], jax.Array]
-
-
 CHUNK = 128
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import re
 import shutil
 import signal
 import sys
@@ -26,17 +25,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import answers
 import batches
 import chat_data
 import chat_template
+import encoding
 import generate
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orders_task
 import pretrained
 import training
+from finetune_settings import Settings, parse_args
 from models import hf, llama
 from run_log import RunLog, draw, peak_memory
 from tqdm import tqdm
@@ -44,64 +45,9 @@ from tqdm import tqdm
 import jaxlora
 from jaxlora import checkpoint, peft
 
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run computes depends on these, and on nothing else. Defaults: Qwen's SFT with QLoRA.
-
-    `--help` has their meanings; PEFT's and TRL's names for them are the same or near.
-    """
-
-    model: str = pretrained.DEFAULT
-    data: str | None = None
-    eval_data: str | None = None
-    eval_rows: int = 100
-    max_rows: int | None = None
-    rank: int = 64
-    alpha: float = 32.0
-    dropout: float = 0.1
-    targets: str = "q_proj,k_proj,v_proj"
-    quantize: str = "nf4"
-    batch: int = 2
-    accumulate: int = 4
-    learning_rate: float = 2e-4
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    epochs: int = 1
-    max_length: int = 512
-    packing: bool = True
-    dtype: str = "auto"
-    remat: str = "layer"
-    metric: str = "none"
-    metric_rows: int = 20
-    max_new_tokens: int = 128
-    seed: int = 0
-
-
-# The default task, made to be over in minutes on two cores: what differs from the above. Many small
-# steps at a higher rate, on all layers of the model, and nothing computed twice.
-ORDERS = Settings(
-    rank=16,
-    dropout=0.0,
-    targets=",".join(LAYERS),
-    quantize="none",
-    batch=1,
-    accumulate=1,
-    learning_rate=1e-3,
-    max_length=256,
-    remat="none",
-    metric="exact",
-    metric_rows=10,
-    max_new_tokens=48,
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, settings = parse_args(argv)
+    args, settings = parse_args(argv, __doc__ or "")
     try:
         return run(settings, args)
     except (chat_data.DataError, chat_template.TemplateError, hf.ModelError, ValueError) as error:
@@ -118,21 +64,21 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     prepare(args.out, args.resume, args.overwrite)
 
     heading("1. The model, the data, the adapter")
-    dtype = dtype_of(settings.dtype)
+    dtype = pretrained.dtype_of(settings.dtype)
     base = pretrained.load(settings.model, dtype)
     remat = {"none": None, "layer": ()}.get(settings.remat, settings.remat.split(","))
     model = llama.Llama(base.config, dtype=dtype, remat=remat)
     kept = base.config.num_hidden_layers, base.config.hidden_size
     print(f"{base.source}: {kept[0]} layers of width {kept[1]}, in {dtype.__name__}")
     rows, held_out = load_rows(settings)
-    train_set = encoded(base.tokenizer, rows, settings, "training")
-    eval_set = encoded(base.tokenizer, held_out, settings, "held-out")
+    name = settings.data or "orders"
+    train_set = encoding.encoded(base.tokenizer, rows, settings.max_length, name)
+    name = settings.eval_data or f"{name}, held out"
+    eval_set = encoding.encoded(base.tokenizer, held_out, settings.max_length, name)
 
     params = base.params
     if settings.quantize != "none":
-        params = jaxlora.quantize(
-            params, LAYERS, roles=llama.ROLES, kind=settings.quantize, donate=True
-        )
+        params = pretrained.quantized(params, settings.quantize)
     config = jaxlora.LoraConfig(
         rank=settings.rank,
         alpha=settings.alpha,
@@ -187,11 +133,12 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         """The loss of held-out rows, answers to some of them, and the metric of these."""
         found = evaluate(params, eval_batches)._asdict()
         if asked:
-            answers, speed = answer(generator, params, base.tokenizer, asked, settings)
-            found |= {"answers": answers, "generated_per_s": round(speed, 1)}
+            limits = settings.max_length, settings.max_new_tokens
+            said, speed = answers.greedy(generator, params, base.tokenizer, asked, *limits)
+            found |= {"answers": said, "generated_per_s": round(speed, 1)}
             if settings.metric != "none":
-                right = METRICS[settings.metric]
-                hits = [right(got, row.answer) for got, row in zip(answers, asked, strict=True)]
+                right = answers.METRICS[settings.metric]
+                hits = [right(got, row.answer) for got, row in zip(said, asked, strict=True)]
                 found["metric"] = sum(hits) / len(hits)
         log("eval", step, **found, seconds=round(time.time() - began, 1))
 
@@ -212,7 +159,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
             last = at == total or terminated.asked
             if last or (args.save_every and at % args.save_every == 0):
                 checkpoints.save(state, frozen, iterator, notes)
-            if terminated.asked and at < total:
+            if terminated.asked:
                 checkpoints.close()
                 print(f"\nSIGTERM: saved after step {at}; the same command with --resume goes on")
                 return 128 + signal.SIGTERM
@@ -268,50 +215,6 @@ def load_rows(settings: Settings) -> tuple[list[chat_data.Row], list[chat_data.R
     without = f" ({left_out} without a human's answer left out)" if left_out else ""
     print(f"{settings.data}: {len(rows)} to train on, {len(held_out)} held out{without}")
     return rows, held_out
-
-
-def encoded(
-    tokenizer: chat_template.ChatTokenizer,
-    rows: Sequence[chat_data.Row],
-    settings: Settings,
-    what: str,
-) -> list[batches.Example]:
-    """Rows as tokens, cut to the longest length; says what was cut, and what that left empty."""
-    where = settings.data or "orders"
-    examples = []
-    for row in rows:
-        try:
-            examples.append(batches.Example(row.number, *tokens_of(tokenizer, row)))
-        except chat_template.TemplateError as error:
-            raise chat_template.TemplateError(f"{where}: row {row.number}: {error}") from error
-    kept, cut, dropped = batches.shortened(examples, settings.max_length)
-    if not kept:
-        raise chat_data.DataError(
-            f"{where}: no {what} row has an answer within {settings.max_length} tokens, expected "
-            "a larger --max-length."
-        )
-    tokens = sum(len(e.tokens) for e in kept)
-    learned = sum(int(e.mask[1:].sum()) for e in kept)
-    print(f"  {what}: {tokens:,} tokens, {learned:,} of them to be learned", end="")
-    print(f"; {cut} rows cut, {dropped} of them left without an answer" if cut else "")
-    return kept
-
-
-def tokens_of(
-    tokenizer: chat_template.ChatTokenizer, row: chat_data.Row
-) -> tuple[np.ndarray, np.ndarray]:
-    if row.messages is None:
-        return tokenizer.text(row.text or "")
-    if tokenizer.template is None and [m["role"] for m in row.messages] == ["user", "assistant"]:
-        return tokenizer.completion(*(m["content"] for m in row.messages))
-    return tokenizer.chat(row.messages)
-
-
-def prompt_of(tokenizer: chat_template.ChatTokenizer, row: chat_data.Row) -> np.ndarray:
-    if tokenizer.template is None:
-        tokens, mask = tokens_of(tokenizer, row)
-        return tokens[mask == 0]
-    return tokenizer.prompt(row.question)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -411,37 +314,6 @@ def check_same(settings: Settings, notes: dict[str, Any]) -> None:
 # Before and after
 
 
-def _last_number(text: str) -> str | None:
-    """After '####' as in GSM8K, else the last one.
-
-    >>> _last_number("so 2 + 3 = 5. #### 1,200")
-    '1200'
-    """
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
-    return numbers[-1].replace(",", "").rstrip(".") if numbers else None
-
-
-METRICS: dict[str, Callable[[str, str], bool]] = {
-    "exact": lambda got, wanted: got.strip() == wanted.strip(),
-    "number": lambda got, wanted: _last_number(got) == _last_number(wanted),
-}
-
-
-def answer(
-    generator: generate.Generator,
-    params: Any,
-    tokenizer: chat_template.ChatTokenizer,
-    rows: Sequence[chat_data.Row],
-    settings: Settings,
-) -> tuple[list[str], float]:
-    """Greedy answers, and how many tokens a second that made."""
-    prompts = [prompt_of(tokenizer, row)[-settings.max_length :] for row in rows]
-    began = time.time()
-    made = generator(params, prompts, settings.max_new_tokens)
-    tokens = sum(len(t) for t in made.tokens)
-    return [tokenizer.decode(t) for t in made.tokens], tokens / (time.time() - began)
-
-
 def finish(
     lora: Any,
     params: Any,
@@ -489,87 +361,6 @@ def table(log: RunLog, settings: Settings) -> None:
     for name, (key, form) in rows.items():
         if key in before and key in after:
             print(f"{name:42}{form.format(before[key]):>10}{form.format(after[key]):>10}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def dtype_of(name: str) -> Any:
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
-
-
-HELP = {
-    "model": "a directory or a hub name",
-    "data": "JSON lines of chats, prompts and completions, or texts; or a hub data set, name:split",
-    "eval_data": "held-out rows; without, some of the data",
-    "eval_rows": "how many rows to hold out, a fifth of the data at most",
-    "max_rows": "train on the first so many",
-    "targets": "names of layers, joined by commas",
-    "quantize": "the base: nf4 (double quantization), int8 or none",
-    "batch": "rows of a microbatch",
-    "accumulate": "microbatches of a step",
-    "warmup": "which part of the steps the rate rises",
-    "clip": "the largest norm of a gradient",
-    "max_length": "of a row, in tokens; of a bin, with packing",
-    "packing": "several rows in one, each attending to itself",
-    "dtype": "of base and arithmetic; auto: bfloat16, on a CPU float32",
-    "remat": "what is computed again: none, layer, or all but some names, see models/llama.py",
-    "metric": "of generated answers: exact, number (the last one, as in GSM8K) or none",
-    "metric_rows": "how many held-out rows to answer, before and after",
-}
-CHOICES = {
-    "quantize": ("nf4", "int8", "none"),
-    "schedule": ("cosine", "linear", "constant"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "metric": ("exact", "number", "none"),
-}
-
-
-def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    doc = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=doc[0], epilog=doc[2], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    own = Settings()
-    for field in dataclasses.fields(Settings):
-        name, default = field.name, getattr(own, field.name)
-        here = getattr(ORDERS, name)
-        text = HELP.get(name, name.replace("_", " "))
-        text += f" [{default}" + (f"; without --data {here}]" if here != default else "]")
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": None}
-        if isinstance(default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = (
-                int if name == "max_rows" else type(default) if default is not None else str
-            )
-            options["choices"] = CHOICES.get(name)
-        parser.add_argument("--" + name.replace("_", "-"), **options)
-    parser.add_argument("--out", type=Path, default=Path("out/finetune_lm"))
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="an unfinished run in --out")
-    parser.add_argument("--save-every", type=int, default=50, help="steps; 0: at the end alone")
-    parser.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
-    parser.add_argument("--log-every", type=int, default=10, help="steps, where no bar is shown")
-    parser.add_argument("--tensorboard", type=Path, help="a folder for its events")
-    parser.add_argument("--short", action="store_true", help="seconds: few rows, few steps")
-    args = parser.parse_args(argv)
-    defaults = own if args.data is not None else ORDERS
-    if args.short:
-        defaults = dataclasses.replace(
-            defaults, max_rows=12, eval_rows=4, metric_rows=2, max_new_tokens=8, rank=4
-        )
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
-    settings = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
-    unknown = [
-        t for t in settings.targets.split(",") if t not in (*LAYERS, "embed_tokens", "lm_head")
-    ]
-    if unknown:
-        parser.error(f"--targets: got {','.join(unknown)}, expected some of {','.join(LAYERS)}")
-    return args, settings
 
 
 def heading(text: str) -> None:

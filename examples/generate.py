@@ -1,8 +1,8 @@
 """Text from a decoder with a KV cache, on plain params, merged ones, or adapters as they are.
 
-    python examples/generate.py "The capital of France?" "And of Norway, please?"
-        [--model DIR_OR_HUB_NAME] [--adapter DIR] [--merge] [--system TEXT] [--plain]
-        [--max-new-tokens 128] [--temperature 0.7] [--top-k 50] [--top-p 0.9] [--seed 0]
+    python examples/generate.py "What is the capital of France?" "Name three of its cities."
+    python examples/generate.py --adapter out/finetune_lm/peft --system "Write the order as JSON." \
+        "Two tents to Rome by May 4, please."
 
 One compiled program: a prefill of all prompts, padded on the left, then a `lax.while_loop` that
 ends when all rows have ended.
@@ -10,14 +10,21 @@ ends when all rows have ended.
 
 from __future__ import annotations
 
+import argparse
+import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import chat_template
 import jax
 import jax.numpy as jnp
 import numpy as np
-from models.llama import Config, init_cache
+import pretrained
+from models import hf
+from models.llama import Config, Llama, init_cache, names
 
 import jaxlora
 
@@ -207,3 +214,80 @@ def _run(
     carry = put(first, draw(logits, first), jnp.zeros(batch, bool), found, cache)
     steps, _, _, found, _ = jax.lax.while_loop(more, step, carry)
     return found, steps
+
+
+# --------------------------------------------------------------------------------------------------
+# From the command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except (chat_template.TemplateError, hf.ModelError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    dtype = pretrained.dtype_of(args.dtype)
+    base = pretrained.load(args.model, dtype)
+    params = base.params
+    if args.quantize != "none":
+        params = pretrained.quantized(params, args.quantize)
+    if args.adapter is not None:
+        params = with_adapter(params, base.config, args.adapter)
+        print(jaxlora.summary(params).splitlines()[-1])
+        if args.merge:
+            params = jaxlora.merge(params)
+    tokenizer = base.tokenizer
+    if args.plain or tokenizer.template is None:
+        prompts = [tokenizer.text(text)[0][:-1] for text in args.prompts]
+    else:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        asked = [[*system, {"role": "user", "content": text}] for text in args.prompts]
+        prompts = [tokenizer.prompt(messages) for messages in asked]
+    generator = Generator(Llama(base.config, dtype=dtype), tokenizer.stop, tokenizer.pad)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    for _ in range(1 + args.time):  # the first time it compiles
+        began = time.time()
+        made = generator(params, prompts, args.max_new_tokens, sampling, args.seed)
+        seconds = time.time() - began
+    for text, tokens, stopped in zip(args.prompts, made.tokens, made.stopped, strict=True):
+        print(f"\n> {text}\n{tokenizer.decode(tokens)}{'' if stopped else ' ...'}")
+    count = sum(len(tokens) for tokens in made.tokens)
+    compiled = "" if args.time else ", compiling included"
+    print(f"\n{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s{compiled}")
+    return 0
+
+
+def with_adapter(params: Any, config: Config, adapter: Path) -> Any:
+    """`lora`, of PEFT's directory or of `jaxlora.checkpoint`'s."""
+    from jaxlora import checkpoint, peft
+
+    if (adapter / "adapter_config.json").is_file():
+        return peft.load(adapter, params, names(config))
+    return checkpoint.restore(adapter, params)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Generates text with a language model.")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--model", default=pretrained.DEFAULT, help="a directory or a hub name")
+    parser.add_argument("--adapter", type=Path, help="a directory of PEFT, or of jaxlora")
+    parser.add_argument("--merge", action="store_true", help="the adapter, first")
+    parser.add_argument("--quantize", choices=("nf4", "int8", "none"), default="none")
+    parser.add_argument("--system", help="what is said before the prompts")
+    parser.add_argument("--plain", action="store_true", help="continue the texts, without a chat")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--time", action="store_true", help="twice, to time it without compiling")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import chat_template
+import jax
+import jax.numpy as jnp
 from models import hf, smollm2
-from models.llama import Config
+from models.llama import ROLES, Config
+
+import jaxlora
 
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PROJECTIONS = tuple(path.split("/")[-2] for path in ROLES)  # q_proj, k_proj, ..., down_proj
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -57,6 +62,18 @@ def load(model: str | os.PathLike[str], dtype: Any) -> Pretrained:
             return _with_tokenizer(config, params, Path(folder), smollm2.REQUIREMENT)
     config, params = hf.load(directory, dtype=dtype)
     return _with_tokenizer(config, params, directory, str(model))
+
+
+def dtype_of(name: str) -> Any:
+    """Of "float32", "bfloat16", or "auto": float32 on a CPU, where the other is slower."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def quantized(params: Any, kind: str) -> Any:
+    """All layers' projections in "nf4" (double quantization) or "int8"; the floats are deleted."""
+    return jaxlora.quantize(params, PROJECTIONS, roles=ROLES, kind=kind, donate=True)
 
 
 def save(directory: str | os.PathLike[str], params: Any, like: Pretrained) -> None:

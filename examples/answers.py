@@ -1,0 +1,45 @@
+"""Answers of a model to held-out questions, and whether they are right."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chat_data
+import encoding
+import generate
+from chat_template import ChatTokenizer
+
+
+def _last_number(text: str) -> str | None:
+    """After '####' as in GSM8K, else the last one.
+
+    >>> _last_number("so 2 + 3 = 5. #### 1,200")
+    '1200'
+    """
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
+    return numbers[-1].replace(",", "").rstrip(".") if numbers else None
+
+
+METRICS: dict[str, Callable[[str, str], bool]] = {
+    "exact": lambda got, wanted: got.strip() == wanted.strip(),
+    "number": lambda got, wanted: _last_number(got) == _last_number(wanted),
+}
+
+
+def greedy(
+    generator: generate.Generator,
+    params: Any,
+    tokenizer: ChatTokenizer,
+    rows: Sequence[chat_data.Row],
+    longest: int,
+    max_new_tokens: int,
+) -> tuple[list[str], float]:
+    """Greedy answers, of questions cut on the left to `longest`; and tokens a second."""
+    prompts = [encoding.prompt_of(tokenizer, row)[-longest:] for row in rows]
+    began = time.time()
+    made = generator(params, prompts, max_new_tokens)
+    tokens = sum(len(t) for t in made.tokens)
+    return [tokenizer.decode(t) for t in made.tokens], tokens / (time.time() - began)

@@ -1,0 +1,138 @@
+"""The settings of finetune_lm.py, their defaults, and the command line that gives them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run computes depends on these, and on nothing else. Defaults: Qwen's SFT with QLoRA.
+
+    `--help` has their meanings; PEFT's and TRL's names for them are the same or near.
+    """
+
+    model: str = pretrained.DEFAULT
+    data: str | None = None
+    eval_data: str | None = None
+    eval_rows: int = 100
+    max_rows: int | None = None
+    rank: int = 64
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: str = "q_proj,k_proj,v_proj"
+    quantize: str = "nf4"
+    batch: int = 2
+    accumulate: int = 4
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    epochs: int = 1
+    max_length: int = 512
+    packing: bool = True
+    dtype: str = "auto"
+    remat: str = "layer"
+    metric: str = "none"
+    metric_rows: int = 20
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+# The default task, made to be over in minutes on two cores: what differs from the above. Many small
+# steps at a higher rate, on all layers of the model, and nothing computed twice.
+ORDERS = Settings(
+    rank=16,
+    dropout=0.0,
+    targets=",".join(pretrained.PROJECTIONS),
+    quantize="none",
+    batch=1,
+    accumulate=1,
+    learning_rate=1e-3,
+    max_length=256,
+    remat="none",
+    metric="exact",
+    metric_rows=10,
+    max_new_tokens=48,
+)
+
+
+HELP = {
+    "model": "a directory or a hub name",
+    "data": "JSON lines of chats, prompts and completions, or texts; or a hub data set, name:split",
+    "eval_data": "held-out rows; without, some of the data",
+    "eval_rows": "how many rows to hold out, a fifth of the data at most",
+    "max_rows": "train on the first so many",
+    "targets": "names of layers, joined by commas",
+    "quantize": "the base: nf4 (double quantization), int8 or none",
+    "batch": "rows of a microbatch",
+    "accumulate": "microbatches of a step",
+    "warmup": "which part of the steps the rate rises",
+    "clip": "the largest norm of a gradient",
+    "max_length": "of a row, in tokens; of a bin, with packing",
+    "packing": "several rows in one, each attending to itself",
+    "dtype": "of base and arithmetic; auto: bfloat16, on a CPU float32",
+    "remat": "what is computed again: none, layer, or all but some names, see models/llama.py",
+    "metric": "of generated answers: exact, number (the last one, as in GSM8K) or none",
+    "metric_rows": "how many held-out rows to answer, before and after",
+}
+CHOICES = {
+    "quantize": ("nf4", "int8", "none"),
+    "schedule": ("cosine", "linear", "constant"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "metric": ("exact", "number", "none"),
+}
+
+
+def parse_args(argv: Sequence[str] | None, about: str) -> tuple[argparse.Namespace, Settings]:
+    """(where and how to run, what to compute); `about` is what --help says."""
+    doc = about.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=doc[0], epilog=doc[2], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    own = Settings()
+    for field in dataclasses.fields(Settings):
+        name, default = field.name, getattr(own, field.name)
+        here = getattr(ORDERS, name)
+        text = HELP.get(name, name.replace("_", " "))
+        text += f" [{default}" + (f"; without --data {here}]" if here != default else "]")
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": None}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = (
+                int if name == "max_rows" else type(default) if default is not None else str
+            )
+            options["choices"] = CHOICES.get(name)
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    parser.add_argument("--out", type=Path, default=Path("out/finetune_lm"))
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="an unfinished run in --out")
+    parser.add_argument("--save-every", type=int, default=50, help="steps; 0: at the end alone")
+    parser.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
+    parser.add_argument("--log-every", type=int, default=10, help="steps, where no bar is shown")
+    parser.add_argument("--tensorboard", type=Path, help="a folder for its events")
+    parser.add_argument("--short", action="store_true", help="seconds: few rows, few steps")
+    args = parser.parse_args(argv)
+    defaults = own if args.data is not None else ORDERS
+    if args.short:
+        defaults = dataclasses.replace(
+            defaults, max_rows=12, eval_rows=4, metric_rows=2, max_new_tokens=8, rank=4
+        )
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
+    settings = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
+    known = (*pretrained.PROJECTIONS, "embed_tokens", "lm_head")
+    unknown = [target for target in settings.targets.split(",") if target not in known]
+    if unknown:
+        parser.error(f"--targets: got {','.join(unknown)}, expected some of {','.join(known)}")
+    for name in ("rank", "batch", "accumulate", "epochs", "max_length", "eval_rows"):
+        if getattr(settings, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: got {getattr(settings, name)}, expected 1+")
+    return args, settings
