@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import answers
 import batches
@@ -37,6 +37,7 @@ import optax
 import orders_task
 import pretrained
 import training
+from batches import Example
 from finetune_settings import Settings, parse_args
 from models import hf, llama
 from run_log import RunLog, draw, peak_memory
@@ -60,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     began = time.time()
-    folder = args.out / "checkpoints"
     prepare(args.out, args.resume, args.overwrite)
 
     heading("1. The model, the data, the adapter")
@@ -68,15 +68,14 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     base = pretrained.load(settings.model, dtype)
     remat = {"none": None, "layer": ()}.get(settings.remat, settings.remat.split(","))
     model = llama.Llama(base.config, dtype=dtype, remat=remat)
-    kept = base.config.num_hidden_layers, base.config.hidden_size
-    print(f"{base.source}: {kept[0]} layers of width {kept[1]}, in {dtype.__name__}")
+    layers, width = base.config.num_hidden_layers, base.config.hidden_size
+    print(f"{base.source}: {layers} layers of width {width}, in {dtype.__name__}")
     rows, held_out = load_rows(settings)
     name = settings.data or "orders"
     train_set = encoding.encoded(base.tokenizer, rows, settings.max_length, name)
     name = settings.eval_data or f"{name}, held out"
     eval_set = encoding.encoded(base.tokenizer, held_out, settings.max_length, name)
-
-    params = base.params
+    params, base = base.params, base._replace(params=None)  # floats are deleted when quantized
     if settings.quantize != "none":
         params = pretrained.quantized(params, settings.quantize)
     config = jaxlora.LoraConfig(
@@ -87,103 +86,71 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     )
     init = jax.jit(lambda params, key: jaxlora.init(key, params, config, roles=llama.ROLES))
     lora = init(params, jax.random.key(settings.seed))
-    base = base._replace(params=None)
     print(jaxlora.summary(lora))
     trainable, frozen = jaxlora.partition(lora)
+    del lora  # its factors are donated to the first step
 
-    bins, length = batches.bins_of(train_set, settings.max_length, settings.packing, settings.seed)
-    shape = {"batch": settings.batch, "accumulate": settings.accumulate}
-    dataset = batches.dataset(
-        bins,
-        length,
-        **shape,
-        epochs=settings.epochs,
-        pad=base.tokenizer.pad,
-        seed=settings.seed,
-    )
-    total = len(dataset)
-    warmup = math.ceil(settings.warmup * total)
-    rate = training.schedule(settings.schedule, settings.learning_rate, total, warmup)
-    tx = optax.chain(
-        optax.clip_by_global_norm(settings.clip),
-        optax.adamw(rate, weight_decay=settings.weight_decay),
-    )
-    state = training.start(tx, trainable)
-    iterator = iter(dataset.to_iter_dataset())
-    checkpoints = training.Checkpoints(folder)
+    data, length = dataset(train_set, settings, base.tokenizer.pad)
+    tx, rate = optimizer(settings, len(data))
+    state, iterator = training.start(tx, trainable), iter(data.to_iter_dataset())
+    checkpoints = training.Checkpoints(args.out / "checkpoints")
     done = checkpoints.latest() if args.resume else None
     if done is not None:
         check_same(settings, checkpoints.notes(done))
         state = checkpoints.restore(done, state, params, iterator)
-        print(f"resumed after step {done} of {total}")
+        print(f"resumed after step {done} of {len(data)}")
     log = RunLog(args.out / "log.jsonl", done, args.tensorboard)
-
-    evaluate = training.make_evaluation(model)
-    eval_bins, eval_length = batches.bins_of(
-        eval_set, settings.max_length, settings.packing, settings.seed
-    )
-    eval_batches = [
-        batches.fill(eval_bins[i : i + 2], 2, eval_length, base.tokenizer.pad)
-        for i in range(0, len(eval_bins), 2)
-    ]
-    generator = generate.Generator(model, base.tokenizer.stop, base.tokenizer.pad)
-    asked = [row for row in held_out if row.messages][: settings.metric_rows]
-
-    def measure(params: Any, step: int) -> None:
-        """The loss of held-out rows, answers to some of them, and the metric of these."""
-        found = evaluate(params, eval_batches)._asdict()
-        if asked:
-            limits = settings.max_length, settings.max_new_tokens
-            said, speed = answers.greedy(generator, params, base.tokenizer, asked, *limits)
-            found |= {"answers": said, "generated_per_s": round(speed, 1)}
-            if settings.metric != "none":
-                right = answers.METRICS[settings.metric]
-                hits = [right(got, row.answer) for got, row in zip(said, asked, strict=True)]
-                found["metric"] = sum(hits) / len(hits)
-        log("eval", step, **found, seconds=round(time.time() - began, 1))
+    measure = examination(model, base.tokenizer, eval_set, held_out, settings)
 
     if done is None:
         heading("2. Before")
-        log("start", 0, settings=dataclasses.asdict(settings), steps=total)
-        measure(params, 0)
-        report(log.of("eval")[-1], settings)
+        log("start", 0, settings=dataclasses.asdict(settings), steps=len(data))
+        log("eval", 0, **measure(params))
+        report(log.of("eval")[-1])
 
-    heading(
-        f"3. Training: {total} steps of {settings.batch * settings.accumulate} x {length} tokens"
-    )
+    per_step = f"{settings.batch * settings.accumulate} x {length} tokens"
+    heading(f"3. Training: {len(data)} steps of {per_step}")
     step = training.make_step(model, tx, seed=settings.seed, dropout=settings.dropout > 0)
     notes = {"settings": dataclasses.asdict(settings)}
     with Terminated() as terminated:
-        steps = train(step, state, frozen, iterator, total, rate, log, args)
-        for state, at in steps:
-            last = at == total or terminated.asked
-            if last or (args.save_every and at % args.save_every == 0):
+        for now in train(step, state, frozen, iterator, len(data), rate, log, args):
+            state, at = now.state, now.step
+            every = args.save_every and at % args.save_every == 0
+            if every or at == len(data) or terminated.asked:
                 checkpoints.save(state, frozen, iterator, notes)
             if terminated.asked:
                 checkpoints.close()
                 print(f"\nSIGTERM: saved after step {at}; the same command with --resume goes on")
                 return 128 + signal.SIGTERM
-            if args.eval_every and at % args.eval_every == 0 and at < total:
+            if args.eval_every and at % args.eval_every == 0 and at < len(data):
                 lora = jaxlora.combine(state.trainable, frozen)
-                found = evaluate(lora, eval_batches)
-                log("eval", at, **found._asdict())
+                log("eval", at, **measure(lora, answers_too=False))
     checkpoints.close()
 
     heading("4. Saved, read again, merged, exported")
-    lora = jaxlora.combine(state.trainable, frozen)
-    exported = finish(lora, params, base, config, dtype, args.out)
-    del lora, state, frozen, params
+    exported = finish(jaxlora.combine(state.trainable, frozen), params, base, config, args.out)
+    del state, frozen, params
 
     heading("5. After: what the exported model does")
-    measure(exported, total)
-    report(log.of("eval")[-1], settings)
+    log("eval", len(data), **measure(exported))
+    report(log.of("eval")[-1])
     table(log, settings)
-    log("end", total, seconds=round(time.time() - began, 1))
+    log("end", len(data), seconds=round(time.time() - began, 1))
     log.close()
     title = f"{base.source}, {len(train_set):,} rows, rank {settings.rank}"
     draw(log, title, args.out / "loss.png")
     print(f"{args.out}: adapter, peft, model, loss.png, log.jsonl; {time.time() - began:.0f} s")
     return 0
+
+
+def optimizer(
+    settings: Settings, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with its rate, gradients cut to the largest norm."""
+    warmup = math.ceil(settings.warmup * steps)
+    rate = training.schedule(settings.schedule, settings.learning_rate, steps, warmup)
+    adamw = optax.adamw(rate, weight_decay=settings.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), adamw), rate
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,8 +184,30 @@ def load_rows(settings: Settings) -> tuple[list[chat_data.Row], list[chat_data.R
     return rows, held_out
 
 
+def dataset(examples: Sequence[Example], settings: Settings, pad: int) -> tuple[Any, int]:
+    """The steps, as grain gives them, and how long their rows are."""
+    bins, length = batches.bins_of(examples, settings.max_length, settings.packing, settings.seed)
+    data = batches.dataset(
+        bins,
+        length,
+        batch=settings.batch,
+        accumulate=settings.accumulate,
+        epochs=settings.epochs,
+        pad=pad,
+        seed=settings.seed,
+    )
+    return data, length
+
+
 # --------------------------------------------------------------------------------------------------
 # Training
+
+
+class Now(NamedTuple):
+    """After a step: its number, and the state, which is donated to the next one."""
+
+    step: int
+    state: training.State
 
 
 class NonFinite(Exception):
@@ -234,8 +223,8 @@ def train(
     rate: optax.Schedule,
     log: RunLog,
     args: argparse.Namespace,
-) -> Iterator[tuple[training.State, int]]:
-    """Yields (state, step's number) after each step; the state is donated to the next one."""
+) -> Iterator[Now]:
+    """Trains from the state's step to `total`; logs each step."""
     first = int(state.step) + 1
     with tqdm(total=total, initial=first - 1, unit="step", disable=None) as bar:
         for at in range(first, total + 1):
@@ -265,7 +254,7 @@ def train(
             bar.update()
             if at % args.log_every == 0 and bar.disable:
                 print(f"step {at:5} of {total}  loss {loss:.4f}  {speed:,.0f} tokens/s", flush=True)
-            yield state, at
+            yield Now(at, state)
 
 
 class Terminated:
@@ -314,12 +303,45 @@ def check_same(settings: Settings, notes: dict[str, Any]) -> None:
 # Before and after
 
 
+def examination(
+    model: llama.Llama,
+    tokenizer: chat_template.ChatTokenizer,
+    examples: Sequence[Example],
+    rows: Sequence[chat_data.Row],
+    settings: Settings,
+) -> Callable[..., dict[str, Any]]:
+    """(params or lora) -> the loss of held-out rows, answers to some of them, the metric of these.
+
+    With `answers_too=False`, the loss alone.
+    """
+    evaluate = training.make_evaluation(model)
+    bins, length = batches.bins_of(examples, settings.max_length, settings.packing, settings.seed)
+    pairs = [bins[i : i + 2] for i in range(0, len(bins), 2)]
+    filled = [batches.fill(pair, 2, length, tokenizer.pad) for pair in pairs]
+    generator = generate.Generator(model, tokenizer.stop, tokenizer.pad)
+    asked = [row for row in rows if row.messages][: settings.metric_rows]
+
+    def measure(params: Any, answers_too: bool = True) -> dict[str, Any]:
+        found: dict[str, Any] = dict(evaluate(params, filled)._asdict())
+        if not (asked and answers_too):
+            return found
+        limits = settings.max_length, settings.max_new_tokens
+        said, speed = answers.greedy(generator, params, tokenizer, asked, *limits)
+        found |= {"answers": said, "generated_per_s": round(speed, 1)}
+        if settings.metric != "none":
+            right = answers.METRICS[settings.metric]
+            hits = [right(got, row.answer) for got, row in zip(said, asked, strict=True)]
+            found["metric"] = sum(hits) / len(hits)
+        return found
+
+    return measure
+
+
 def finish(
     lora: Any,
     params: Any,
     base: pretrained.Pretrained,
     config: jaxlora.LoraConfig,
-    dtype: Any,
     out: Path,
 ) -> Any:
     """Saves the adapter twice, reads it twice, merges, exports; the exported params."""
@@ -340,10 +362,10 @@ def finish(
         print(f"{out / name}: {size / 2**20:.1f} MiB, reads back bit for bit")
     pretrained.save(out / "model", jaxlora.merge(again), base)
     print(f"{out / 'model'}: merged, as Transformers reads it")
-    return hf.load(out / "model", dtype=dtype)[1]
+    return hf.load(out / "model")[1]
 
 
-def report(found: dict[str, Any], settings: Settings) -> None:
+def report(found: dict[str, Any]) -> None:
     print(f"held-out loss {found['loss']:.4f} nats a token")
     for text in found.get("answers", [])[:2]:
         print(f"  {text if len(text) <= 300 else text[:297] + '...'!r}")
@@ -354,9 +376,10 @@ def table(log: RunLog, settings: Settings) -> None:
     rows = {
         "held-out loss, nats a token": ("loss", "{:.4f}"),
         "held-out tokens predicted": ("accuracy", "{:.1%}"),
-        "held-out answers right from end to end": ("exact", "{:.1%}"),
-        f"{settings.metric} match of {settings.metric_rows} generated": ("metric", "{:.1%}"),
     }
+    if settings.metric == "exact":
+        rows[f"exact match, {settings.eval_rows} held-out rows"] = "exact", "{:.1%}"
+    rows[f"{settings.metric} match, {settings.metric_rows} generated"] = "metric", "{:.1%}"
     print(f"\n{'':42}{'before':>10}{'after':>10}")
     for name, (key, form) in rows.items():
         if key in before and key in after:

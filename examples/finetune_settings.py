@@ -65,7 +65,7 @@ ORDERS = Settings(
 
 
 HELP = {
-    "model": "a directory or a hub name",
+    "model": "a directory, a hub name, or tiny: a random one to try things on",
     "data": "JSON lines of chats, prompts and completions, or texts; or a hub data set, name:split",
     "eval_data": "held-out rows; without, some of the data",
     "eval_rows": "how many rows to hold out, a fifth of the data at most",
@@ -119,13 +119,18 @@ def parse_args(argv: Sequence[str] | None, about: str) -> tuple[argparse.Namespa
     parser.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
     parser.add_argument("--log-every", type=int, default=10, help="steps, where no bar is shown")
     parser.add_argument("--tensorboard", type=Path, help="a folder for its events")
-    parser.add_argument("--short", action="store_true", help="seconds: few rows, few steps")
+    parser.add_argument("--short", action="store_true", help="seconds: few rows of a tiny model")
     args = parser.parse_args(argv)
     defaults = own if args.data is not None else ORDERS
     if args.short:
-        defaults = dataclasses.replace(
-            defaults, max_rows=12, eval_rows=4, metric_rows=2, max_new_tokens=8, rank=4
-        )
+        short: dict[str, Any] = {
+            "max_rows": 12,
+            "eval_rows": 4,
+            "metric_rows": 2,
+            "max_new_tokens": 8,
+            "rank": 4,
+        }
+        defaults = dataclasses.replace(defaults, model="tiny", **short)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)}
     settings = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
     known = (*pretrained.PROJECTIONS, "embed_tokens", "lm_head")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import chat_template
 import jax
 import jax.numpy as jnp
-from models import hf, smollm2
+from models import hf, smollm2, tiny
 from models.llama import ROLES, Config
 
 import jaxlora
@@ -44,12 +44,16 @@ class Pretrained(NamedTuple):
 
 
 def load(model: str | os.PathLike[str], dtype: Any) -> Pretrained:
-    """The model, its params in that dtype on the default device.
+    """The model, its params in that dtype on the default device; "tiny" is one to try code on.
 
     Raises:
       hf.ModelError: it is none that `models.llama` computes.
       chat_template.TemplateError: its tokenizer cannot be read.
     """
+    if str(model) == "tiny":
+        with tempfile.TemporaryDirectory() as folder:
+            config, params = hf.load(tiny.write(folder), dtype=dtype)
+            return _with_tokenizer(config, params, Path(folder), "tiny")
     try:
         directory = hf.fetch(model)
     except hf.ModelError as error:

@@ -20,13 +20,12 @@ import pytest
 
 pytest.importorskip("grain", reason="needs the examples extra")
 pytest.importorskip("tokenizers", reason="needs the examples extra")
-import tiny_chat_model  # puts examples/ on the path, too
 from helpers import randomized
 
 import jaxlora
 from jaxlora import checkpoint
 
-# isort: split
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 import answers
 import batches
 import chat_data
@@ -42,6 +41,7 @@ from chat_template import ChatTokenizer, TemplateError
 from chunked_loss import cross_entropy, scores
 from generate import Generator, Sampling
 from models import hf, llama, smollm2
+from models import tiny as tiny_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHAT = [
@@ -54,7 +54,7 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny_chat_model.write(tmp_path_factory.mktemp("tiny"))
+    return tiny_model.write(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -671,10 +671,10 @@ def test_a_terminated_run_resumes_to_the_same_bits(whole, folder, tmp_path, monk
     real = finetune_lm.train
 
     def terminated(*args):
-        for state, at in real(*args):
-            if at == 2:
+        for now in real(*args):
+            if now.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield state, at
+            yield now
 
     monkeypatch.setattr(finetune_lm, "train", terminated)
     assert finetune_lm.main(flags(folder, tmp_path)) == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer and a chat template, for tests/test_finetune.py.
+"""A random model of a few thousand numbers, with a tokenizer and a chat template: to try code on.
 
 Each byte is a token, and <|im_start|>, <|im_end|> are one each.
 """
@@ -6,11 +6,14 @@ Each byte is a token, and <|im_start|>, <|im_end|> are one each.
 from __future__ import annotations
 
 import json
-import pathlib
-import sys
+import os
+from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
+import jax
+import numpy as np
+
+from models import hf, llama
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -44,25 +47,19 @@ def tokenizer() -> Any:
     return made
 
 
-def write(directory: pathlib.Path, template: str | None = CHATML) -> pathlib.Path:
-    """A Hugging Face directory; weights are random, and large enough that answers vary."""
-    import jax
-    import numpy as np
-    from models import hf, llama
-
+def write(directory: str | os.PathLike[str], template: str | None = CHATML) -> Path:
+    """A Hugging Face directory; the weights are large enough that answers vary."""
+    directory = Path(directory)
     config = hf.read_config(CONFIG)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(
-        llama.Llama(config).init, jax.random.key(0), np.zeros((1, 2), np.int32)
-    )["params"]
-    params = jax.tree.map(
-        lambda x: (
-            rng.normal(0.3 if x.ndim > 1 else 1.0, 0.3, x.shape).astype(np.float32)
-            - (0.3 if x.ndim > 1 else 0.0)
-        ),
-        shapes,
-    )
-    hf.save(directory, config, params)
+    tokens = np.zeros((1, 2), np.int32)
+    shapes = jax.eval_shape(llama.Llama(config).init, jax.random.key(0), tokens)["params"]
+
+    def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
+        is_scale = x.ndim == 1 or (x.shape[0] == config.num_hidden_layers and x.ndim == 2)
+        return rng.normal(float(is_scale), 0.3, x.shape).astype(np.float32)
+
+    hf.save(directory, config, jax.tree.map(draw, shapes))
     tokenizer().save(str(directory / "tokenizer.json"))
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
