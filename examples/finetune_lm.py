@@ -367,7 +367,9 @@ def finish(
 
 def report(found: dict[str, Any]) -> None:
     print(f"held-out loss {found['loss']:.4f} nats a token")
-    for text in found.get("answers", [])[:2]:
+    if "answers" in found:
+        print(f"answers, generated at {found['generated_per_s']} tokens/s (compiling included):")
+    for text in found.get("answers", [])[:3]:
         print(f"  {text if len(text) <= 300 else text[:297] + '...'!r}")
 
 

@@ -4,8 +4,8 @@
     {"item": "desk lamps", "quantity": 6, "city": "Oslo", "date": "05-03"}
 
 Made here, from a seed: some 30 ways to ask, quantities in digits, words and dozens, dates in seven
-forms. No held-out order is a training order, and about half of them have an item or a city that no
-training order has.
+forms. No held-out order is a training order, and half of them have a city, or words of an item,
+that no training order has.
 """
 
 from __future__ import annotations
@@ -28,26 +28,35 @@ class Order(NamedTuple):
         return [{"role": role, "content": content} for role, content in contents.items()]
 
 
-ITEMS = """
-blue pens; desk lamps; paper cups; office chairs; oak shelves; wool blankets; garden hoses;
-coffee mugs; tin buckets; bath towels; wall clocks; rubber boots; steel pans; glass jars; silk ties;
-phone cases; bread knives; picture frames; cotton shirts; leather belts; tea pots; soup bowls;
-paint brushes; door mats; rain coats; tennis balls; wooden spoons; winter tyres; bike helmets;
-camping tents; candle holders; ink cartridges; folding tables; bar stools; plant pots; sun hats;
-travel bags; yoga mats; salt shakers; water bottles; work gloves; bed sheets; ceiling fans;
-hand drills; table cloths; lunch boxes; smoke alarms; laptop stands; pizza stones; fishing rods
+KINDS = """
+blue; red; green; white; black; yellow; small; large; wooden; steel; copper; glass; plastic; paper;
+cotton; woollen; leather; rubber; folding; garden; kitchen; office; winter; summer; travel; antique;
+cheap; light; heavy; round
 """
-NEW_ITEMS = """
-guitar strings; baking trays; red notebooks; snow shovels; linen curtains; copper kettles;
-roof tiles; party hats; chess sets; ski poles
+THINGS = """
+pens; lamps; cups; chairs; shelves; blankets; hoses; mugs; buckets; towels; clocks; boots; pans;
+jars; ties; cases; knives; frames; shirts; belts; pots; bowls; brushes; mats; coats; balls; spoons;
+tyres; helmets; tents; candles; cartridges; tables; stools; hats; bags; shakers; bottles; gloves;
+sheets; fans; drills; cloths; boxes; stands; rods; pillows; mirrors; ladders; scarves
 """
+NEW_KINDS = "silver; striped; ceramic; silent; spare; linen"
+NEW_THINGS = (
+    "kettles; notebooks; shovels; curtains; trays; strings; guitars; tiles; poles; umbrellas"
+)
 CITIES = """
 Leeds; Oslo; Lyon; Madrid; Turin; Porto; Ghent; Bergen; Dublin; Vienna; Prague; Athens; Zurich;
 Boston; Denver; Dallas; Seattle; Chicago; Toronto; Montreal; Sydney; Perth; Auckland; Tokyo; Osaka;
 Seoul; Mumbai; Delhi; Nairobi; Lagos; Cairo; Lima; Bogota; Quito; Havana; Geneva; Munich; Hamburg;
-Glasgow; Cardiff
+Glasgow; Cardiff; Berlin; Paris; Rome; Milan; Naples; Venice; Seville; Valencia; Malaga; Bilbao;
+Brussels; Antwerp; Rotterdam; Utrecht; Copenhagen; Aarhus; Stockholm; Uppsala; Malmo; Tampere;
+Tallinn; Riga; Vilnius; Krakow; Gdansk; Budapest; Zagreb; Split; Sofia; Bucharest; Ankara; Izmir;
+Tunis; Rabat; Dakar; Accra; Kampala; Lusaka; Durban; Pretoria; Mombasa; Beirut; Amman; Muscat; Doha;
+Karachi; Lahore; Dhaka; Chennai; Pune; Jaipur; Colombo; Hanoi; Bangkok; Jakarta; Manila; Taipei;
+Shanghai; Beijing; Busan; Nagoya; Brisbane; Adelaide; Hobart; Dunedin; Honolulu; Portland; Phoenix;
+Tucson; Houston; Memphis; Atlanta; Miami; Tampa; Detroit; Cleveland; Buffalo; Quebec; Calgary;
+Edmonton; Caracas; Santiago; Rosario; Recife; Belfast; Swansea; Exeter; Plymouth; Norwich; Derby
 """
-NEW_CITIES = "Bristol; Helsinki; Warsaw; Lisbon; Austin; Ottawa; Nantes; Kyoto"
+NEW_CITIES = "Bristol; Helsinki; Warsaw; Lisbon; Austin; Ottawa; Nantes; Kyoto; Salzburg; Winnipeg"
 NUMBERS = """
 one; two; three; four; five; six; seven; eight; nine; ten; eleven; twelve; thirteen; fourteen;
 fifteen; sixteen; seventeen; eighteen; nineteen; twenty
@@ -127,17 +136,17 @@ def make(train: int = 500, held_out: int = 100, seed: int = 0) -> tuple[list[Ord
 
     >>> train, held_out = make(3, 2)
     >>> print(train[0].answer)
-    {"item": "ink cartridges", "quantity": 15, "city": "Seoul", "date": "01-09"}
+    {"item": "woollen balls", "quantity": 15, "city": "Lusaka", "date": "01-09"}
     """
     rng = random.Random(seed)
-    templates = TEMPLATES.strip().splitlines()
-    items, cities = _split(ITEMS), _split(CITIES)
-    seen: set[str] = set()
+    templates, seen = TEMPLATES.strip().splitlines(), set[str]()
 
-    def draw(items: list[str], cities: list[str]) -> Order:
+    def draw(new_item: bool = False, new_city: bool = False) -> Order:
         while True:
             (said, n), (day, date) = _quantity(rng), _date(rng)
-            item, city = rng.choice(items), rng.choice(cities)
+            kind = rng.choice(_split(NEW_KINDS if new_item else KINDS))
+            item = f"{kind} {rng.choice(_split(NEW_THINGS if new_item else THINGS))}"
+            city = rng.choice(_split(NEW_CITIES if new_city else CITIES))
             text = rng.choice(templates).format(n=said, i=item, c=city, d=day)
             text = text[0].upper() + text[1:]
             answer = json.dumps({"item": item, "quantity": n, "city": city, "date": date})
@@ -145,10 +154,7 @@ def make(train: int = 500, held_out: int = 100, seed: int = 0) -> tuple[list[Ord
                 seen.add(answer)
                 return Order(text, answer)
 
-    training = [draw(items, cities) for _ in range(train)]
-    testing = []
-    for _ in range(held_out):  # three in ten have a new item, three in ten a new city
-        new_item, new_city = rng.random() < 0.3, rng.random() < 0.3
-        of = _split(NEW_ITEMS) if new_item else items, _split(NEW_CITIES) if new_city else cities
-        testing.append(draw(*of))
+    training = [draw() for _ in range(train)]
+    # Three in ten have an item of new words, three in ten a new city.
+    testing = [draw(rng.random() < 0.3, rng.random() < 0.3) for _ in range(held_out)]
     return training, testing

@@ -191,14 +191,16 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: State, frozen: Any, data: Any, notes: Mapping[str, Any]) -> None:
-        """Begins to write; the next call, or `close`, waits until it is done."""
+        """Begins to write; the next call, or `close`, waits until it is done.
+
+        When this returns, orbax has its own copy of all: the next step may donate the state.
+        """
         args = ocp.args.Composite(
             lora=checkpoint.Save(jaxlora.combine(state.trainable, frozen)),
             opt=ocp.args.StandardSave({"step": state.step, "opt": state.opt}),
             data=grain.checkpoint.CheckpointSave(data),
             notes=ocp.args.JsonSave(dict(notes)),
         )
-        # The next step donates these arrays. What is written must not be what it overwrites.
         self._manager.save(int(state.step), args=args)
 
     def notes(self, step: int) -> dict[str, Any]:
