@@ -1,7 +1,7 @@
 """Text from a decoder with a KV cache, on plain params, merged ones, or adapters as they are.
 
     python examples/generate.py "What is the capital of France?" "Name three of its cities."
-    python examples/generate.py --adapter out/finetune_lm/peft --system "Write the order as JSON." \
+    python examples/generate.py --adapter out/finetune_lm/peft --system "Order to JSON" \
         "Two tents to Rome by May 4, please."
 
 One compiled program: a prefill of all prompts, padded on the left, then a `lax.while_loop` that

@@ -14,7 +14,7 @@ import json
 import random
 from typing import NamedTuple
 
-SYSTEM = "Write the order as JSON."
+SYSTEM = "Order to JSON"
 
 
 class Order(NamedTuple):
@@ -31,7 +31,12 @@ class Order(NamedTuple):
 KINDS = """
 blue; red; green; white; black; yellow; small; large; wooden; steel; copper; glass; plastic; paper;
 cotton; woollen; leather; rubber; folding; garden; kitchen; office; winter; summer; travel; antique;
-cheap; light; heavy; round
+cheap; light; heavy; round; square; velvet; bamboo; marble; crystal; golden; bronze; purple; orange;
+pink; grey; brown; turquoise; scarlet; checked; spotted; dotted; plain; painted; polished; carved;
+curved; narrow; wide; tall; short; thick; thin; soft; sturdy; compact; portable; electric; cordless;
+magnetic; digital; organic; recycled; vintage; modern; rustic; classic; premium; standard; junior;
+double; single; triple; outdoor; indoor; marine; camping; hiking; fishing; baking; party; sports;
+school; hotel; baby; dog; horse; solar; thermal; elastic; waterproof; fireproof; insulated; padded
 """
 THINGS = """
 pens; lamps; cups; chairs; shelves; blankets; hoses; mugs; buckets; towels; clocks; boots; pans;
@@ -131,12 +136,12 @@ def _split(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split(";")]
 
 
-def make(train: int = 500, held_out: int = 100, seed: int = 0) -> tuple[list[Order], list[Order]]:
+def make(train: int = 450, held_out: int = 100, seed: int = 0) -> tuple[list[Order], list[Order]]:
     """Training and held-out orders, the same for the same seed.
 
     >>> train, held_out = make(3, 2)
     >>> print(train[0].answer)
-    {"item": "woollen balls", "quantity": 15, "city": "Lusaka", "date": "01-09"}
+    {"item": "electric balls", "quantity": 15, "city": "Lusaka", "date": "01-09"}
     """
     rng = random.Random(seed)
     templates, seen = TEMPLATES.strip().splitlines(), set[str]()
