@@ -63,7 +63,7 @@ def load(model: str | os.PathLike[str], dtype: Any) -> Pretrained:
         config, params, text = smollm2.load(dtype=dtype)
         with tempfile.TemporaryDirectory() as folder:
             text.save(folder)
-            return _with_tokenizer(config, params, Path(folder), smollm2.REQUIREMENT)
+            return _with_tokenizer(config, params, Path(folder), DEFAULT)
     config, params = hf.load(directory, dtype=dtype)
     return _with_tokenizer(config, params, directory, str(model))
 

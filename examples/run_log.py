@@ -76,8 +76,9 @@ def peak_memory() -> int:
 
 
 def draw(log: RunLog, title: str, path: Path) -> None:
-    """The loss of each step, a mean over the last ones, and that of held-out rows."""
+    """The loss of each step, a geometric mean over the last ones, and that of held-out rows."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -86,17 +87,20 @@ def draw(log: RunLog, title: str, path: Path) -> None:
     steps, losses = [e["step"] for e in train], [e["loss"] for e in train]
     mean: list[float] = []
     for loss in losses:
-        mean.append(loss if not mean else 0.85 * mean[-1] + 0.15 * loss)
+        mean.append(loss if not mean else mean[-1] ** 0.85 * loss**0.15)
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
     axes.plot(steps, losses, color=GREY, linewidth=1, label="training, each step")
     axes.plot(steps, mean, color=BLUE, linewidth=1.8, label="training, running mean")
     points = [e["step"] for e in held_out], [e["loss"] for e in held_out]
-    axes.plot(*points, color=RED, marker="o", linestyle=":", label="held-out rows")
+    line = ":" if len(held_out) > 2 else ""
+    axes.plot(*points, color=RED, marker="o", linestyle=line, label="held-out rows")
     for x, y in zip(*points, strict=True):
         axes.annotate(f"{y:.3g}", (x, y), (6, 3), textcoords="offset points", color=RED, fontsize=9)
-    axes.set(xlabel="step", ylabel="loss, nats a token", yscale="log")
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    if losses and max(losses) > 10 * min(losses):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.margins(x=0.06)
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
