@@ -4,7 +4,7 @@
     {"item": "desk lamps", "quantity": 6, "city": "Oslo", "date": "05-03"}
 
 Made here, from a seed: some 30 ways to ask, quantities in digits, words and dozens, dates in seven
-forms. No held-out order is a training order, and half of them have a city, or words of an item,
+forms. No held-out order is a training order, and a third of them have a city, or words of an item,
 that no training order has.
 """
 
@@ -160,6 +160,6 @@ def make(train: int = 450, held_out: int = 100, seed: int = 0) -> tuple[list[Ord
                 return Order(text, answer)
 
     training = [draw() for _ in range(train)]
-    # Three in ten have an item of new words, three in ten a new city.
-    testing = [draw(rng.random() < 0.3, rng.random() < 0.3) for _ in range(held_out)]
+    # One in five has an item of new words, one in five a new city.
+    testing = [draw(rng.random() < 0.2, rng.random() < 0.2) for _ in range(held_out)]
     return training, testing
