@@ -47,11 +47,24 @@ import jaxlora
 from jaxlora import checkpoint, peft
 
 
+class RunError(Exception):
+    """A folder, or settings, with which a run cannot begin or go on."""
+
+
+EXPECTED = (
+    RunError,
+    chat_data.DataError,
+    chat_template.TemplateError,
+    hf.ModelError,
+    jaxlora.TargetError,
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args, settings = parse_args(argv, __doc__ or "")
     try:
         return run(settings, args)
-    except (chat_data.DataError, chat_template.TemplateError, hf.ModelError, ValueError) as error:
+    except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NonFinite as error:
@@ -61,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     began = time.time()
-    prepare(args.out, args.resume, args.overwrite)
-
     heading("1. The model, the data, the adapter")
     dtype = pretrained.dtype_of(settings.dtype)
     base = pretrained.load(settings.model, dtype)
@@ -93,6 +104,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     data, length = dataset(train_set, settings, base.tokenizer.pad)
     tx, rate = optimizer(settings, len(data))
     state, iterator = training.start(tx, trainable), iter(data.to_iter_dataset())
+    prepare(args.out, args.resume, args.overwrite)
     checkpoints = training.Checkpoints(args.out / "checkpoints")
     done = checkpoints.latest() if args.resume else None
     if done is not None:
@@ -280,7 +292,7 @@ def prepare(out: Path, resume: bool, overwrite: bool) -> None:
     if checkpoints.is_dir() and not resume:
         ended = log.is_file() and '"event": "end"' in log.read_text()
         if not (ended or overwrite):
-            raise ValueError(
+            raise RunError(
                 f"{out}: has an unfinished run, expected --resume to go on with it, --overwrite, "
                 "or another --out."
             )
@@ -294,7 +306,7 @@ def check_same(settings: Settings, notes: dict[str, Any]) -> None:
         f"{k}: got {now.get(k)!r}, had {before.get(k)!r}" for k in now if now[k] != before.get(k)
     ]
     if odd:
-        raise ValueError(
+        raise RunError(
             "--resume: expected the settings of the run that began:\n  " + "\n  ".join(odd)
         )
 
@@ -357,7 +369,7 @@ def finish(
             jax.tree.leaves(trained), jax.tree.leaves(jaxlora.partition(again)[0]), strict=True
         )
         if not all(np.array_equal(x, y) for x, y in pairs):
-            raise ValueError(f"{out / name}: read again, it has other values than were trained.")
+            raise RunError(f"{out / name}: read again, it has other values than were trained.")
         size = sum(p.stat().st_size for p in (out / name).rglob("*") if p.is_file())
         print(f"{out / name}: {size / 2**20:.1f} MiB, reads back bit for bit")
     pretrained.save(out / "model", jaxlora.merge(again), base)

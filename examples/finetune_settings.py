@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pretrained
+from models import llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,10 @@ def parse_args(argv: Sequence[str] | None, about: str) -> tuple[argparse.Namespa
     unknown = [target for target in settings.targets.split(",") if target not in known]
     if unknown:
         parser.error(f"--targets: got {','.join(unknown)}, expected some of {','.join(known)}")
+    kept = settings.remat.split(",")
+    if settings.remat not in ("none", "layer") and not set(kept) <= set(llama.SAVEABLE):
+        names = ", ".join(llama.SAVEABLE)
+        parser.error(f"--remat: got {settings.remat}, expected none, layer, or some of {names}")
     for name in ("rank", "batch", "accumulate", "epochs", "max_length", "eval_rows"):
         if getattr(settings, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(settings, name)}, expected 1+")
