@@ -44,7 +44,7 @@ jars; ties; cases; knives; frames; shirts; belts; pots; bowls; brushes; mats; co
 tyres; helmets; tents; candles; cartridges; tables; stools; hats; bags; shakers; bottles; gloves;
 sheets; fans; drills; cloths; boxes; stands; rods; pillows; mirrors; ladders; scarves
 """
-NEW_KINDS = "silver; striped; ceramic; silent; spare; linen"
+NEW_KINDS = "silver; silent; linen; woven; warm; hidden"
 NEW_THINGS = (
     "kettles; notebooks; shovels; curtains; trays; strings; guitars; tiles; poles; umbrellas"
 )
@@ -54,14 +54,14 @@ Boston; Denver; Dallas; Seattle; Chicago; Toronto; Montreal; Sydney; Perth; Auck
 Seoul; Mumbai; Delhi; Nairobi; Lagos; Cairo; Lima; Bogota; Quito; Havana; Geneva; Munich; Hamburg;
 Glasgow; Cardiff; Berlin; Paris; Rome; Milan; Naples; Venice; Seville; Valencia; Malaga; Bilbao;
 Brussels; Antwerp; Rotterdam; Utrecht; Copenhagen; Aarhus; Stockholm; Uppsala; Malmo; Tampere;
-Tallinn; Riga; Vilnius; Krakow; Gdansk; Budapest; Zagreb; Split; Sofia; Bucharest; Ankara; Izmir;
-Tunis; Rabat; Dakar; Accra; Kampala; Lusaka; Durban; Pretoria; Mombasa; Beirut; Amman; Muscat; Doha;
+Tallinn; Riga; Vilnius; Krakow; Gdansk; Budapest; Zagreb; Basel; Sofia; Bucharest; Ankara; Izmir;
+Lille; Rabat; Dakar; Accra; Kampala; Lusaka; Durban; Pretoria; Mombasa; Beirut; Amman; Muscat; Doha;
 Karachi; Lahore; Dhaka; Chennai; Pune; Jaipur; Colombo; Hanoi; Bangkok; Jakarta; Manila; Taipei;
 Shanghai; Beijing; Busan; Nagoya; Brisbane; Adelaide; Hobart; Dunedin; Honolulu; Portland; Phoenix;
 Tucson; Houston; Memphis; Atlanta; Miami; Tampa; Detroit; Cleveland; Buffalo; Quebec; Calgary;
 Edmonton; Caracas; Santiago; Rosario; Recife; Belfast; Swansea; Exeter; Plymouth; Norwich; Derby
 """
-NEW_CITIES = "Bristol; Helsinki; Warsaw; Lisbon; Austin; Ottawa; Nantes; Kyoto; Salzburg; Winnipeg"
+NEW_CITIES = "Bristol; Helsinki; Warsaw; Lisbon; Austin; Ottawa; Kyoto; London; Orlando; Singapore"
 NUMBERS = """
 one; two; three; four; five; six; seven; eight; nine; ten; eleven; twelve; thirteen; fourteen;
 fifteen; sixteen; seventeen; eighteen; nineteen; twenty
