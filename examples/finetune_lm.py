@@ -291,7 +291,8 @@ def prepare(out: Path, resume: bool, overwrite: bool) -> None:
     log, checkpoints = out / "log.jsonl", out / "checkpoints"
     if checkpoints.is_dir() and not resume:
         ended = log.is_file() and '"event": "end"' in log.read_text()
-        if not (ended or overwrite):
+        steps = [p.name for p in checkpoints.iterdir() if p.name.isdigit()]
+        if steps and not (ended or overwrite):
             raise RunError(
                 f"{out}: has an unfinished run, expected --resume to go on with it, --overwrite, "
                 "or another --out."
