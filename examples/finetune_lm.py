@@ -172,7 +172,7 @@ def optimizer(
 def load_rows(settings: Settings) -> tuple[list[chat_data.Row], list[chat_data.Row]]:
     """Training and held-out rows."""
     if settings.data is None:
-        count = 450 if settings.max_rows is None else settings.max_rows
+        count = 420 if settings.max_rows is None else settings.max_rows
         made = orders_task.make(count, settings.eval_rows)
         numbered = [
             [chat_data.Row(i, tuple(order.messages())) for i, order in enumerate(orders, 1)]

@@ -136,7 +136,7 @@ def _split(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split(";")]
 
 
-def make(train: int = 450, held_out: int = 100, seed: int = 0) -> tuple[list[Order], list[Order]]:
+def make(train: int = 420, held_out: int = 100, seed: int = 0) -> tuple[list[Order], list[Order]]:
     """Training and held-out orders, the same for the same seed.
 
     >>> train, held_out = make(3, 2)

@@ -221,11 +221,11 @@ def test_nothing_to_read(tmp_path):
 
 def test_orders():
     train, held_out = orders_task.make()
-    assert (len(train), len(held_out)) == (450, 100)
+    assert (len(train), len(held_out)) == (420, 100)
     assert orders_task.make() == (train, held_out)
     assert orders_task.make(seed=1) != (train, held_out)
     answers = {order.answer for order in train + held_out}
-    assert len(answers) == 550
+    assert len(answers) == 520
     seen = [json.loads(order.answer) for order in train]
     cities = {order["city"] for order in seen}
     words = {word for order in seen for word in order["item"].split()}
