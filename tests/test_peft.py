@@ -971,3 +971,53 @@ def test_float64_without_x64_is_refused_rather_than_narrowed(copied):
     copy.tensors(lambda found: found.update({k: x.astype(np.float64) for k, x in found.items()}))
     with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors: .*jax_enable_x64"):
         copy.load()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_interleaved_parts(dora, tmp_path):
+    """Falcon's: for each of 2 groups 3 heads of queries, one of keys, one of values."""
+    groups, size, width = 2, 4, 6
+    heads = {"query": 3, "key": 1, "value": 1}
+    rng = np.random.default_rng(0)
+    params = {
+        name: {
+            "kernel": jnp.asarray(rng.normal(size=(width, groups * n, size)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=(groups * n, size)), jnp.float32),
+        }
+        for name, n in heads.items()
+    }
+    names: dict[str, Any] = {}
+    for part, name in enumerate(heads):
+        place = {"module": "h.qkv", "part": part, "interleaved": groups}
+        names[f"{name}/kernel"] = {**place, "roles": "ioo"}
+        names[f"{name}/bias"] = {**place, "kind": "bias"}
+    config = LoraConfig(rank=2, targets=["kernel"], bias="all", roles={"kernel": "ioo"}, dora=dora)
+    lora = made(params, config)
+    peft.save(tmp_path, lora, names)
+    assert_same(jax.jit(jaxlora.merge)(peft.load(tmp_path, params, names)), jaxlora.merge(lora))
+    tensors = tensors_of(tmp_path)
+    get = lambda key: tensors[f"base_model.model.h.qkv.{key}"].astype(np.float64)
+    alpha, rank = (config_of(tmp_path)[x] for x in ("lora_alpha", "r"))
+
+    def theirs(leaf: str) -> np.ndarray:
+        """Ours as one tensor, outputs first, dealt out by hand."""
+        rows = []
+        for group in range(groups):
+            for name, n in heads.items():
+                x = np.asarray(params[name][leaf], np.float64)
+                x = x[..., group * n : (group + 1) * n, :].reshape(*x.shape[:-2], -1)
+                rows.append(x.T)
+        return np.concatenate(rows)
+
+    merged = theirs("kernel") + alpha / rank * get("lora_B.weight") @ get("lora_A.weight")
+    if dora:
+        norm = np.linalg.norm(merged, axis=1, keepdims=True)
+        merged = get("lora_magnitude_vector")[:, None] * merged / norm
+    params = jaxlora.merge(lora)
+    np.testing.assert_allclose(theirs("kernel"), merged, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(theirs("bias"), get("base_layer.bias"))
+    wrong = {**names, "key/kernel": {**names["key/kernel"], "interleaved": 1}}
+    with pytest.raises(TargetError, match="'interleaved' \\[1, 2\\]"):
+        peft.save(tmp_path, lora, wrong)
+    with pytest.raises(TargetError, match="interleaved"):
+        peft.save(tmp_path, lora, {"query/kernel": {"module": "q", "interleaved": 2}})

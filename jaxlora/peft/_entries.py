@@ -19,6 +19,7 @@ _FIELDS = {
     "roles": "as in LoraConfig(roles=...)",
     "sizes": "the outputs of each module of a list",
     "part": "which part, from 0, of the outputs of a fused module this is",
+    "interleaved": "of a part: in how many groups their module deals out the outputs of its parts",
     "order": "the dims of a convolution, for instance 'HWIO'",
     "parameter": "the name of the parameter, 'weight' or 'bias' if not given",
     "swap": "of kind 'parameter': PEFT's A acts on our outputs",
@@ -40,6 +41,7 @@ class Entry:
     roles: str | None = None
     sizes: tuple[int, ...] | None = None
     part: int | None = None
+    interleaved: int = 1
     order: str | None = None
     swap: bool = False
     tied: tuple[str, ...] = ()
@@ -99,6 +101,9 @@ def _entry(pattern: str, value: Any) -> Entry:
         raise wrong("sizes", "one positive number for each module of the list")
     if part is not None and (fused or not isinstance(part, int) or kind in ("embedding", "conv")):
         raise wrong("part", _FIELDS["part"] + ", of a linear layer or a bias")
+    interleaved = given.get("interleaved", 1)
+    if "interleaved" in given and (part is None or not _is_count(interleaved)):
+        raise wrong("interleaved", "a positive number, of a leaf that is a 'part', 0, 1, ...")
     if fused and kind in ("embedding", "conv"):
         raise wrong("module", f"a single one of kind {kind!r}")
     if order is not None and kind != "conv":
@@ -131,8 +136,13 @@ def _entry(pattern: str, value: Any) -> Entry:
         roles=given.get("roles"),
         sizes=None if sizes is None else (*sizes,),
         part=part,
+        interleaved=int(interleaved),
         order=order,
         swap=bool(given.get("swap", False)),
         tied=tied,
         tokens=None if tokens is None else (*tokens,),
     )
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0

@@ -13,7 +13,13 @@ from jaxlora._matrix import to_matrix
 from jaxlora._quantized import dense
 from jaxlora._weight import FullWeight
 from jaxlora.peft._config import has_tail, is_within, optional_heads
-from jaxlora.peft._layouts import check_kind_in_full, from_parameter, keys, parameter_shape
+from jaxlora.peft._layouts import (
+    check_kind_in_full,
+    from_parameter,
+    keys,
+    parameter_shape,
+    to_parameter,
+)
 from jaxlora.peft._names import Place, Slot
 from jaxlora.peft._reading import PREFIX, Reading, matrices, vectors, whole
 
@@ -129,7 +135,7 @@ def _base_vector(r: Reading, place: Place) -> np.ndarray:
     for p in place.pieces:
         table = vectors(p.slot, np.asarray(dense(r.leaves[p.slot.path])))
         found.append(table[p.index][p.start : p.stop])
-    return np.concatenate(found)
+    return to_parameter(place, np.concatenate(found))
 
 
 def _full(
@@ -146,7 +152,7 @@ def _full(
         if at not in values:
             continue
         place = r.names.places[at]
-        found = from_parameter(place, values[at]) if slot.is_matrix else values[at]
+        found = from_parameter(place, values[at])
         table = table.astype(np.result_type(table, found))
         for p in place.pieces:
             if p.slot is slot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -104,16 +105,31 @@ class Place:
     def outputs(self) -> int:
         return sum(p.stop - p.start for p in self.pieces)
 
+    @functools.cached_property
+    def order(self) -> np.ndarray | None:
+        """For each output of theirs which of ours it is, our parts end to end; None: the same.
+
+        GPT-NeoX has query, key and value of the first head, then of the second, and so on.
+        """
+        groups = self.slot.entry.interleaved
+        if groups == 1:
+            return None
+        parts = [np.arange(p.at, p.at + p.stop - p.start).reshape(groups, -1) for p in self.pieces]
+        return np.concatenate(parts, axis=1).reshape(-1)
+
 
 class Map:
     """The slots and places of some params."""
 
     def __init__(self, names: Names, leaves: Mapping[str, Any], roles: Mapping[str, str] | None):
-        listed = entries(names)
         found: dict[str, tuple[Entry, re.Match]] = {}
-        for entry in listed:
+        literal: dict[str, list[str]] = {}  # so that a map of n plain paths takes n steps, not n^2
+        for path in leaves:
+            for name in {path, _paths.short(path)}:
+                literal.setdefault(re.escape(name), []).append(path)
+        for entry in entries(names):
             matched = False
-            for path in leaves:
+            for path in literal.get(entry.pattern, leaves):
                 match = _match(entry.pattern, path)
                 if match is None:
                     continue
@@ -130,14 +146,16 @@ class Map:
                     f"names: {entry.pattern!r} matches nothing, expected a regex of the whole path "
                     f"of a leaf. Of the {len(leaves)} paths, the nearest are:{near}"
                 )
-        ordered = sorted(found, key=lambda path: listed.index(found[path][0]))
         for path in found:
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
                 raise TargetError(
                     f"names: {found[path][0].pattern!r} matches {path}, of dtype "
                     f"{leaves[path].dtype}, expected floating-point leaves alone."
                 )
-        self.slots = {p: _slot(p, tuple(leaves[p].shape), *found[p], roles) for p in ordered}
+        self.slots = {
+            path: _slot(path, tuple(leaves[path].shape), entry, match, roles)
+            for path, (entry, match) in found.items()
+        }
         self.places = _places(self.slots)
         self.tied = {
             filled: slot
@@ -322,6 +340,13 @@ def _places(slots: Mapping[str, Slot]) -> dict[tuple[str, str], Place]:
         if len({p.slot.inputs for p in pieces}) > 1 or len({p.slot.entry.kind for p in pieces}) > 1:
             raise TargetError(
                 f"names: the parts of {module} have other inputs or kinds, expected the same."
+            )
+        dealt = {p.slot.entry.interleaved for p in pieces}
+        if len(dealt) > 1 or any((p.stop - p.start) % max(dealt) for p in pieces):
+            sizes = ", ".join(str(p.stop - p.start) for p in pieces)
+            raise TargetError(
+                f"names: {module}: got 'interleaved' {sorted(dealt)} for parts of {sizes} outputs, "
+                "expected the same number for all, one that divides each."
             )
         places[module, parameter] = Place(module=module, parameter=parameter, pieces=tuple(pieces))
     return places
