@@ -488,9 +488,7 @@ def test_for_serving_refuses(name, text, tmp_path):
 def test_tied_embeddings_need_an_adapter_of_both(copied):
     c = copied("llama_tied")
     c.set(ensure_weight_tying=False)
-    text = (
-        r"ensure_weight_tying is not set, and model.embed_tokens is trained.*one leaf with lm_head"
-    )
+    text = r"is not set, and model.embed_tokens or lm_head is trained.*are one leaf"
     with pytest.raises(AdapterFileError, match=text):
         c.load()
     with pytest.raises(AdapterFileError, match=r"lm_head.lora_A.weight.*not used"):
@@ -615,12 +613,12 @@ def test_fields_that_are_no_lora_are_refused_by_name(field, value, copied):
         ({"rank_pattern": {"(": 1}}, "rank_pattern: got no regex"),
         ({"rank_pattern": {"(?i:lin)": 2}}, "rank_pattern: got a regex with"),
         ({"rank_pattern": {r"(l)\1": 2}}, "rank_pattern: got a regex with groupref"),
-        ({"target_modules": ["lin", "linn"]}, "target_modules: 'linn' is no module"),
+        ({"target_modules": ["linn"]}, "target_modules: 'linn' is no module"),
         ({"target_modules": "linn"}, "target_modules: 'linn' is no module"),
         ({"target_modules": "all-linear"}, "expected the names that it stands for"),
         ({"target_modules": 3}, "got target_modules 3"),
         ({"target_modules": []}, "got neither target_modules nor"),
-        ({"target_modules": ["lin", "conv1"]}, r"emb.lora_embedding_A, .*not used by any module"),
+        ({"target_modules": ["lin", "conv1"]}, r"emb.lora_embedding_A.*not used by any module"),
         ({"exclude_modules": ["lin"]}, "lin.lora_A.weight.*not used"),
         ({"layers_to_transform": [1]}, "layers_to_transform: 1 is the layer of no target"),
         ({"layers_to_transform": [-1]}, "got layers_to_transform"),
@@ -897,7 +895,7 @@ def test_tokens_are_the_rows_that_the_map_names(tmp_path):
     names = m.names | {"emb/embedding": m.names["emb/embedding"] | {"tokens": [5]}}
     with pytest.raises(TargetError, match=r"got rows that differ from the base's, \[1, 5\]"):
         peft.save(tmp_path, lora, names)
-    plain = {k: v for k, v in m.names["emb/embedding"].items() if k != "tokens"}
+    plain = {k: v for k, v in m.names["emb/embedding"].items() if k != "tokens"} | {"tied": []}
     peft.save(tmp_path, lora, m.names | {"emb/embedding": plain})  # the whole table
     assert config_of(tmp_path)["modules_to_save"] == ["emb"]
     assert_same(peft.load(tmp_path, m.params, m.names), lora)

@@ -8,11 +8,11 @@ import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlora import _paths
 from jaxlora._errors import AdapterFileError
-from jaxlora.peft._config import Config, has_tail, is_within
+from jaxlora.peft._config import Config, has_tail, is_saved
 from jaxlora.peft._strengths import strengths
 
 _STEM = "base_model.model."
@@ -20,19 +20,42 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING = ".lora_embedding_A"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _INNER = (".base_layer", ".modules_to_save", ".original_module")
-_HEADS = {  # of the classes with such an ending, what shares the table of the embedding
-    "CausalLM": ("lm_head",),
-    "LMHeadModel": ("lm_head",),
-    "ConditionalGeneration": ("lm_head",),
-    "MaskedLM": ("lm_head.decoder", "cls.predictions.decoder"),
-}
+
+# What the modules of Transformers are called, and of what kind they are, where shapes do not tell.
+_TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in")
+_HEADS = (
+    "lm_head",
+    "embed_out",
+    "output_projection",
+    "proj_out",
+    "vocab_projector",
+    "lm_head.decoder",
+    "cls.predictions.decoder",
+)
+_NO_HEAD = ("Classification", "QuestionAnswering", "MultipleChoice")
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # GPT-2's and its kin's
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def torch_names(
-    config: Config, adapter: Shapes, base: Shapes, model: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str], Shapes]:
+class Found(NamedTuple):
+    """What an adapter changes in a base that has PyTorch's names.
+
+    Attributes:
+      names: the map of `jaxlora.peft`, in the adapter's words.
+      keys: {what the adapter calls a tensor: what the base calls it}.
+      new: {name: shape} of those that the base lacks: modules that are saved in full, such as a
+        head for another task.
+      prefix: how the base calls any tensor of the adapter's model.
+    """
+
+    names: dict[str, Any]
+    keys: dict[str, str]
+    new: Shapes
+    prefix: Prefix
+
+
+def torch_names(config: Config, adapter: Shapes, base: Shapes, model: Mapping[str, Any]) -> Found:
     """The map for the tensors that an adapter changes.
 
     Args:
@@ -41,31 +64,54 @@ def torch_names(
       base: the shapes of the base's, by key.
       model: the base's `config.json`, or {}.
 
-    Returns:
-      (names, {what the adapter calls a tensor: what the base calls it}, {name: shape} of those that
-      the base lacks: modules that are saved in full, such as a head for another task). The names
-      are in the adapter's words.
-
     Raises:
       AdapterFileError: a module that the base has not, a layout that shapes do not tell.
     """
     keys = {key.removeprefix(_STEM): shape for key, shape in adapter.items()}
-    heads = _tied_heads(model, base)
     wanted = _tensors(config, keys)
-    wanted = {name: x for name, x in wanted.items() if name.removesuffix(".weight") not in heads}
-    prefix = _prefix(config, wanted, base)
+    if not wanted:
+        raise AdapterFileError(f"{config.file}: got an adapter of nothing, expected some tensors.")
+    rest = [name for name in wanted if not _is_head(name)]
+    table = _table(model, base)
+    prefix = _prefix(config, rest or wanted, base) if rest or table is None else Prefix()
     found = {name: prefix.of(name) for name in wanted}
+    # A head that the base has no tensor of is the table's.
+    heads = {name for name in found.keys() - {*rest} if table is not None}
+    found = {name: key for name, key in found.items() if name not in heads}
+    if table is not None and (heads or table in found.values()):
+        found.setdefault(prefix.back(table), table)
+    for name in found.keys() - {*rest}:
+        if found[name] not in base and name not in keys and name in wanted:
+            raise _missing(config.file, name, base)
     new = {name: wanted[name] for name, key in found.items() if key not in base}
-    layout = _Layout(
-        config, keys, {name: base.get(key, new.get(name, ())) for name, key in found.items()}
-    )
+    shapes = {name: new.get(name) or base[key] for name, key in found.items()}
+    layout = _Layout(config, keys, shapes, base)
     names: dict[str, Any] = {}
     for name in sorted(found, key=layout.order):
         entry = layout.entry(name)
-        if entry["kind"] == "embedding" and heads:
-            entry["tied"] = heads
+        if found[name] == table:
+            tied = sorted(name.removesuffix(".weight") for name in heads or {"lm_head.weight"})
+            entry = {**entry, "kind": "embedding", "roles": "io", "tied": tied}
         names[re.escape(name)] = entry
-    return names, found, new
+    return Found(names, found, new, prefix)
+
+
+def _is_head(name: str) -> bool:
+    return any(has_tail(name, f"{head}.weight") for head in _HEADS)
+
+
+def _table(model: Mapping[str, Any], base: Shapes) -> str | None:
+    """The input embedding, where it is the head too: the base has no tensor of a head then."""
+    classes = [x for x in _list(model.get("architectures")) if isinstance(x, str)]
+    headless = any(word in name for name in classes for word in _NO_HEAD)
+    if model.get("tie_word_embeddings") is False or headless or any(map(_is_head, base)):
+        return None
+    tables = [key for key in base if any(has_tail(key, f"{t}.weight") for t in _TABLES)]
+    return min(tables, key=lambda key: (key.count("."), key), default=None)
+
+
+def _list(x: Any) -> list[Any]:
+    return x if isinstance(x, list) else []
 
 
 def _tensors(config: Config, keys: Shapes) -> dict[str, tuple[int, ...]]:
@@ -101,53 +147,75 @@ def _outer(module: str) -> str:
     return module
 
 
-class _Prefix:
+class Prefix(NamedTuple):
     """How names of the adapter's model begin, and those of the base do not, or the other way."""
 
-    def __init__(self, off: str, on: str):
-        self.off, self.on = off, on
+    off: str = ""
+    on: str = ""
 
     def of(self, name: str) -> str:
+        """What the base calls a tensor of the adapter's model."""
         return self.on + name.removeprefix(self.off)
 
+    def back(self, key: str) -> str:
+        """The inverse."""
+        return self.off + key.removeprefix(self.on)
 
-def _prefix(config: Config, wanted: Iterable[str], base: Shapes) -> _Prefix:
-    """A model with a head, and its base without one, name the same layers differently."""
-    must = [n for n in wanted if not any(is_within(n, saved) for saved in config.saved)]
-    must = must or list(wanted)
+
+def _prefix(config: Config, wanted: Iterable[str], base: Shapes) -> Prefix:
+    must = [n for n in wanted if not any(is_saved(n, saved) for saved in config.saved)]
+    try:
+        return prefix_of(config.file, must or wanted, base)
+    except AdapterFileError as error:
+        if any(f"{p} is no tensor" in str(error) for p in config.parameters):
+            raise AdapterFileError(
+                f"{error}\nIf the base keeps each expert apart, it cannot be merged here: do it in "
+                "PEFT, model.merge_and_unload()."
+            ) from None
+        raise
+
+
+def prefix_of(file: str, names: Iterable[str], base: Shapes) -> Prefix:
+    """A model with a head, and its base without one, name the same layers differently.
+
+    Raises:
+      AdapterFileError: a name that is no tensor of the base; `file` is named in the message.
+    """
+    must = sorted(names)
     if all(name in base for name in must):
-        return _Prefix("", "")
+        return Prefix()
     stems = {name.partition(".")[0] + "." for name in must}
     off = [s for s in sorted(stems) if all(n.removeprefix(s) in base for n in must)]
     on = sorted({key.partition(".")[0] + "." for key in base})
-    found = [_Prefix(s, "") for s in off] + [
-        _Prefix("", s) for s in on if all(s + n in base for n in must)
+    found = [Prefix(off=s) for s in off] + [
+        Prefix(on=s) for s in on if all(s + n in base for n in must)
     ]
     if len(found) == 1:
         return found[0]
-    missing = next(name for name in must if name not in base)
-    near = _paths.listing(_paths.nearest(missing, base))
-    raise AdapterFileError(
-        f"{config.file}: {missing} is no tensor of the base, expected every module that the "
-        f"adapter changes to be there. Is it another model's? The nearest are:{near}"
+    raise _missing(file, next(name for name in must if name not in base), base)
+
+
+def _missing(file: str, name: str, base: Shapes) -> AdapterFileError:
+    near = _paths.listing(_paths.nearest(name, base))
+    return AdapterFileError(
+        f"{file}: {name} is no tensor of the base, expected every module that the adapter changes "
+        f"to be there. Is it another model's? The nearest are:{near}"
     )
-
-
-def _tied_heads(model: Mapping[str, Any], base: Shapes) -> list[str]:
-    """The heads that share the embedding's table: they have no tensor of their own."""
-    if model.get("tie_word_embeddings") is False:
-        return []
-    classes = [x for x in model.get("architectures") or () if isinstance(x, str)]
-    heads = [h for end, hs in _HEADS.items() for h in hs if any(c.endswith(end) for c in classes)]
-    return [h for h in dict.fromkeys(heads) if f"{h}.weight" not in base]
 
 
 class _Layout:
     """Which dims of a tensor are inputs and outputs, from the shapes of its factors."""
 
-    def __init__(self, config: Config, keys: Shapes, shapes: Shapes):
+    def __init__(
+        self,
+        config: Config,
+        keys: Shapes,
+        shapes: Shapes,
+        base: Shapes,
+    ):
         self.config, self.keys, self.shapes = config, keys, shapes
-        self.conv1d = self._conv1d()
+        self._alike = _transposed(base)
+        self._others = self._of_targets()
         self.parameters = self._parameters()
 
     def order(self, name: str) -> tuple[int, int]:
@@ -165,9 +233,9 @@ class _Layout:
             return {"module": module, "kind": kind, "parameter": parameter}
         extra = {} if parameter == "weight" else {"parameter": parameter}
         if module + _EMBEDDING in self.keys or module + _TOKENS in self.keys:
-            return {"module": module, "kind": "embedding", "roles": "io", **extra}
+            return {"module": module, "kind": "embedding", "roles": "io", "tied": [], **extra}
         if len(shape) == 2:
-            kind, roles = ("conv1d", "io") if module in self.conv1d else ("linear", "oi")
+            kind, roles = ("conv1d", "io") if self._is_conv1d(name) else ("linear", "oi")
             return {"module": module, "kind": kind, "roles": roles, **extra}
         groups = self._groups(module, shape)
         roles = "o" + "i" * (len(shape) - 1)
@@ -177,29 +245,44 @@ class _Layout:
         a = self.keys.get(module + _A)
         return 1 if a is None or len(a) < 2 or not shape[1] else a[1] // shape[1]
 
-    def _conv1d(self) -> set[str]:
-        """The modules with (in, out), as GPT-2's have it; shapes tell, but for square ones."""
-        transposed, plain, square = set(), set(), set()
+    def _of_targets(self) -> set[bool]:
+        """Whether the targets that are not square are (in, out)."""
+        found = set()
         for name, shape in self.shapes.items():
-            module = name.rpartition(".")[0]
+            module = name.removesuffix(".weight")
             a, b = self.keys.get(module + _A), self.keys.get(module + _B)
-            if a is None or b is None or len(shape) != 2 or not name.endswith(".weight"):
-                continue
-            inputs, outputs = a[-1], b[0]
-            if inputs == outputs:
-                square.add(module)
-            elif shape == (inputs, outputs):
-                transposed.add(module)
-            else:  # or it does not fit, which `load` says
-                plain.add(module)
+            if a is not None and b is not None and len(shape) == 2 and a[-1] != b[0]:
+                found.add(shape == (a[-1], b[0]))
+        return found
+
+    def _is_conv1d(self, name: str) -> bool:
+        """Whether a matrix is (in, out), as GPT-2's; shapes tell, but for square ones.
+
+        Of those, modules of the same name do, by their biases. PEFT's `fan_in_fan_out` does not: it
+        is that of the module that came last.
+        """
+        module = name.removesuffix(".weight")
+        a, b = self.keys.get(module + _A), self.keys.get(module + _B)
+        shape = self.shapes[name]
+        if a is None or b is None or not name.endswith(".weight"):
+            return False  # saved in full: as it lies
+        if a[-1] != b[0]:
+            return shape == (a[-1], b[0])
+        last = module.rpartition(".")[2]
+        alike = self._alike.get(last, set())
+        if len(alike) == 1:
+            return next(iter(alike))
         flag = self.config.fan_in_fan_out
-        if square and ((flag and plain) or (not flag and transposed)):
-            raise AdapterFileError(
-                f"{self.config.file}: fan_in_fan_out is {flag}, and the shapes of "
-                f"{sorted(plain if flag else transposed)[0]} say otherwise, so that the layout of "
-                f"{sorted(square)[0]}, which is square, is not known. Set fan_in_fan_out right."
-            )
-        return transposed | (square if flag else set())
+        if self._others == {flag} and (flag or last not in _CONV1D):
+            return flag
+        if not self._others and not flag and last not in _CONV1D:
+            return False
+        raise AdapterFileError(
+            f"{self.config.file}: {module} is square, so that its shape does not tell whether it "
+            "is (in, out), as GPT-2's Conv1D, or (out, in), and no other module of the base does. "
+            f'Say it in a map, --names FILE: {{"{re.escape(name)}": {{"module": "{module}", '
+            '"kind": "conv1d", "roles": "io"}, ...}, or "linear" and "oi".'
+        )
 
     def _parameters(self) -> dict[str, tuple[int, str]]:
         """{name: (its place in its module, roles)} of `target_parameters`.
@@ -253,6 +336,17 @@ class _Layout:
         if (a[1], b[0]) == (first, last) and len(shape) == 3:  # of a 2-D one PEFT takes (out, in)
             found.append(stacked + "io")
         return found
+
+
+def _transposed(base: Shapes) -> dict[str, set[bool]]:
+    """{last segment of a module's name: whether those that are not square are (in, out)}."""
+    found: dict[str, set[bool]] = {}
+    for key, shape in base.items():
+        module = key.removesuffix(".weight")
+        bias = base.get(f"{module}.bias")
+        if key.endswith(".weight") and bias is not None and len(shape) == 2 and len({*shape}) == 2:
+            found.setdefault(module.rpartition(".")[2], set()).add(bias == shape[1:])
+    return found
 
 
 def read_model_config(directory: pathlib.Path | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jaxlora._errors import AdapterFileError
 from jaxlora._matrix import to_matrix
 from jaxlora._quantized import dense
 from jaxlora._weight import FullWeight
-from jaxlora.peft._config import has_tail, is_within, optional_heads
+from jaxlora.peft._config import has_tail, is_saved, optional_heads
 from jaxlora.peft._layouts import (
     check_kind_in_full,
     from_parameter,
@@ -58,7 +58,7 @@ def _saved(r: Reading) -> dict[tuple[str, str], np.ndarray]:
     """The parameters of modules_to_save."""
     values, hit = {}, set()
     for at, place in r.names.places.items():
-        by = [n for n in r.config.saved if is_within(place.module, n)]
+        by = [n for n in r.config.saved if is_saved(place.module, n)]
         if not by:
             continue
         hit.update(by)
@@ -76,6 +76,7 @@ def _saved(r: Reading) -> dict[tuple[str, str], np.ndarray]:
         base = f"{stem}.original_module.{place.parameter}"
         if base in r.tensors:
             r.tensors.take(base, shape, why)  # the base's, which PEFT does not use
+    hit |= {n for head in r.names.tied for n in r.config.saved if is_saved(head, n)}
     missing = [n for n in r.config.saved if n not in hit]
     if hit:
         missing = [n for n in missing if n not in optional_heads(missing)]
@@ -92,7 +93,7 @@ def _biases(r: Reading) -> dict[tuple[str, str], np.ndarray]:
     if r.config.bias == "none":
         return values
     for at, place in r.names.places.items():
-        if place.kind != "bias" or any(is_within(place.module, n) for n in r.config.saved):
+        if place.kind != "bias" or any(is_saved(place.module, n) for n in r.config.saved):
             continue
         target = place.module in r.targets
         if not target and r.config.bias == "lora_only":

@@ -45,8 +45,13 @@ class Factors(NamedTuple):
         scale = np.float32(scale)
         if scale == self.scale:
             return self
-        b = self.b.astype(np.float64) * (np.float64(self.scale) / np.float64(scale))
-        return self._replace(b=b.astype(self.b.dtype), scale=scale)
+        wide = self.b.astype(np.float64) * (np.float64(self.scale) / np.float64(scale))
+        with np.errstate(over="ignore"):
+            b = wide.astype(self.b.dtype)
+        if self.b.dtype.itemsize == 2:  # which may not have the range
+            close = np.abs(b.astype(np.float64) - wide) <= 2.0**-8 * np.abs(wide)
+            b = b if close.all() else wide.astype(np.float32)
+        return self._replace(b=b, scale=scale)
 
     def padded(self, rank: int) -> Factors:
         """The same change at a larger rank, the rest of it zeros."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -157,12 +158,32 @@ class Map:
             for path, (entry, match) in found.items()
         }
         self.places = _places(self.slots)
+        self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.tied = {
             filled: slot
             for slot in self.slots.values()
-            for template in slot.entry.tied
+            for template in slot.entry.tied or ()
             for filled in [_fill(template, found[slot.path][1], (), slot.path)]
         }
+
+    def check_tied(self, path: str) -> None:
+        """Raises unless it is known whether a table that trains is the model's head too.
+
+        PEFT adapts lookup and head by themselves. Where a head has a leaf of its own, of the
+        table's size, they are not tied; where none has, the map has to say it.
+        """
+        slot = self.slots[path]
+        entry = slot.entry
+        if entry.kind != "embedding" or entry.tied is not None or entry.tokens is not None:
+            return
+        size = math.prod(slot.inputs)
+        if any(size in shape for other, shape in self._shapes.items() if other != path):
+            return
+        raise TargetError(
+            f"{path}: trains, and no other leaf has the {size:,} rows of this table, so that it "
+            "may be the model's head too. PEFT adapts lookup and head by themselves: say which "
+            f"module shares it, names[{slot.entry.pattern!r}]['tied'] = 'lm_head', or [] if none does."
+        )
 
     def entry_hint(self) -> str:
         return f"The map leads to:{_paths.listing(sorted({p.name for p in self.places.values()}))}"
@@ -176,6 +197,11 @@ def plain_leaves(params: Any, who: str) -> tuple[list[tuple[str, Any]], Any]:
             raise TargetError(
                 f"{path}: got a {type(leaf).__name__}, expected plain params. Start from the base: "
                 f"{who}(directory, jaxlora.base_params(lora), names)."
+            )
+        if isinstance(leaf, jax.core.Tracer):
+            raise TargetError(
+                f"{path}: got a traced array, expected one with values: {who} reads files, outside "
+                "of jax.jit."
             )
     return pairs, treedef
 
@@ -213,6 +239,11 @@ def _fill(template: str, match: re.Match, index: tuple[int, ...], path: str) -> 
         return str(left.pop(0))
 
     name = re.sub(r"\{(\d*)\}", one, template)
+    if not all(name.split(".")) or re.search(r"[/\\\0\s]", name):
+        raise TargetError(
+            f"{path}: got {name!r} for a module, expected a name as in named_modules(): segments "
+            "joined by single dots, without slashes and spaces."
+        )
     if left:
         raise TargetError(
             f"{path}: got {len(index) - len(left)} {{}} in {template!r}, expected {len(index)}: "
@@ -279,8 +310,8 @@ def _roles(path: str, shape: tuple[int, ...], entry: Entry, given: Mapping[str, 
     if found is None:
         raise RolesError(
             f"{path}: got no roles for shape {shape}, expected one letter for each dimension: s "
-            "stacked, i input, o output. Read them from the model, peft.load(..., "
-            "roles=jaxlora.trace_roles(fn, params, *args)), or say them: "
+            "stacked, i input, o output. Read them from the model, "
+            "roles=jaxlora.trace_roles(fn, params, *args), or say them: "
             f"names[{entry.pattern!r}] = {{'module': {entry.modules[0]!r}, 'roles': '...'}}."
         )
     check_roles(found, shape, path)
