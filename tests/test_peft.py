@@ -1019,3 +1019,80 @@ def test_interleaved_parts(dora, tmp_path):
         peft.save(tmp_path, lora, wrong)
     with pytest.raises(TargetError, match="interleaved"):
         peft.save(tmp_path, lora, {"query/kernel": {"module": "q", "interleaved": 2}})
+
+
+def test_folded_scales_stay_within_the_dtype(tmp_path):
+    """Of float16, what would overflow or vanish is written in float32; nothing is overwritten."""
+    params = {name: {"kernel": jnp.ones((4, 4))} for name in ("up", "down")}
+    lora = made(params, LoraConfig(rank=2, targets=["up", "down"], dtype=jnp.float16))
+    scales = {"up": 4e6, "down": 2e-6}
+    lora = {
+        name: {"kernel": dataclasses.replace(x["kernel"], scale=jnp.float32(scales[name]))}
+        for name, x in lora.items()
+    }
+    names = {"(up|down)/kernel": "{1}"}
+    peft.save(tmp_path, lora, names, for_serving=True)
+    found = tensors_of(tmp_path)
+    again = peft.load(tmp_path, params, names)
+    for name in params:
+        assert found[f"base_model.model.{name}.lora_B.weight"].dtype == np.float32
+        assert_close(jaxlora.delta(again[name]["kernel"]), jaxlora.delta(lora[name]["kernel"]))
+
+
+def test_a_head_of_its_own_with_the_copy_that_peft_makes(copied):
+    c = copied("llama")
+    table = np.asarray(c.model.params["head"]["kernel"]).T.copy()
+    rank = config_of(c.directory)["r"]
+    rng = np.random.default_rng(0)
+    stem = "base_model.model.lm_head"
+    more = {
+        f"{stem}.lora_A.weight": rng.normal(size=(rank, table.shape[1])).astype(np.float32),
+        f"{stem}.lora_B.weight": rng.normal(size=(table.shape[0], rank)).astype(np.float32),
+        f"{stem}.base_layer.weight": table,
+    }
+    c.tensors(lambda found: found.update(more))
+    c.set(target_modules=[*config_of(c.directory)["target_modules"], "lm_head", "nowhere"])
+    lora = c.load()
+    np.testing.assert_array_equal(
+        lora["head"]["kernel"].a, more[f"{stem}.lora_A.weight"].T, strict=False
+    )
+    c.tensors(lambda found: found.update({f"{stem}.base_layer.weight": table + 1}))
+    with pytest.raises(AdapterFileError, match=r"lm_head\.base_layer\.weight: got another table"):
+        c.load()
+
+
+def test_it_has_to_be_said_whether_a_table_is_the_head_too(tmp_path):
+    params = {"embed": {"embedding": jnp.ones((11, 4))}, "up": {"kernel": jnp.ones((4, 8))}}
+    lora = made(params, LoraConfig(rank=2, targets=["embed"]))
+    entry = {"module": "model.embed_tokens", "kind": "embedding"}
+    with pytest.raises(
+        TargetError, match=r"embed/embedding: trains, and no other leaf.*\['tied'\]"
+    ):
+        peft.save(tmp_path, lora, {"embed/embedding": entry})
+    peft.save(tmp_path, lora, {"embed/embedding": {**entry, "tied": []}})
+    with pytest.raises(TargetError, match="no other leaf has the 11 rows"):
+        peft.load(tmp_path, params, {"embed/embedding": entry})
+    own = {**params, "head": {"kernel": jnp.ones((4, 11))}}
+    peft.load(tmp_path, own, {"embed/embedding": entry})
+    shared = {"embed/embedding": {**entry, "module": "shared", "tied": "lm_head"}}
+    with pytest.raises(TargetError, match="PEFT would adapt one alone"):
+        peft.save(tmp_path, lora, shared)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sizes", 5), ("tied", 5), ("tied", [1]), ("tokens", 5), ("tokens", [[1]]), ("order", 5)],
+)
+def test_maps_of_the_wrong_types(field, value, tmp_path):
+    params = {"embed": {"embedding": jnp.ones((11, 4))}}
+    entry = {"module": "embed", "kind": "embedding", field: value}
+    with pytest.raises(TargetError, match=f"got {field}"):
+        peft.load(ROOT / "tokens", params, {"embed/embedding": entry})
+    with pytest.raises(TargetError, match="without the parameter's"):
+        peft.load(ROOT / "tokens", params, {"embed/embedding": "embed.weight"})
+
+
+def test_not_under_jit():
+    m = model("tokens")
+    with pytest.raises(TargetError, match=r"peft\.load reads files, outside of jax\.jit"):
+        jax.jit(lambda params: peft.load(ROOT / "tokens", params, m.names))(m.params)

@@ -61,8 +61,8 @@ def merge(
     ]
     if added:
         lines.append(
-            f"{', '.join(added)}: added, since the base has none. config.json is the base's: give "
-            "it the architecture and the number of labels that go with them."
+            f"{', '.join(sorted(added))}: added, since the base has none. config.json is the "
+            "base's: give it the architecture and the number of labels that go with them."
         )
     if left:
         lines.append(f"not copied, weights in other formats: {', '.join(left)}")

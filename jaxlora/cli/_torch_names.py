@@ -83,6 +83,8 @@ def torch_names(config: Config, adapter: Shapes, base: Shapes, model: Mapping[st
     for name in found.keys() - {*rest}:
         if found[name] not in base and name not in keys and name in wanted:
             raise _missing(config.file, name, base)
+    if model.get("tie_word_embeddings") is True and table is None:
+        _check_apart(config, set(found.values()), base)
     new = {name: wanted[name] for name, key in found.items() if key not in base}
     shapes = {name: new.get(name) or base[key] for name, key in found.items()}
     layout = _Layout(config, keys, shapes, base)
@@ -108,6 +110,18 @@ def _table(model: Mapping[str, Any], base: Shapes) -> str | None:
         return None
     tables = [key for key in base if any(has_tail(key, f"{t}.weight") for t in _TABLES)]
     return min(tables, key=lambda key: (key.count("."), key), default=None)
+
+
+def _check_apart(config: Config, changed: set[str], base: Shapes) -> None:
+    """A head on the disk that config.json ties to the table is not what Transformers loads."""
+    tables = [key for key in base if any(has_tail(key, f"{t}.weight") for t in _TABLES)]
+    touched = sorted(changed & {*filter(_is_head, base), *tables})
+    if touched and any(map(_is_head, base)):
+        raise AdapterFileError(
+            f"{config.file}: the adapter changes {touched[0]}, and config.json of the base says "
+            "tie_word_embeddings, though it has both tables on the disk: what one of them becomes, "
+            "the other would not. Set tie_word_embeddings to false in it first."
+        )
 
 
 def _list(x: Any) -> list[Any]:

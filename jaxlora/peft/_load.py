@@ -25,7 +25,7 @@ def load_tree(
 ) -> list[Any]:
     """The leaves of the tree, in the order of `pairs`."""
     r = Reading(config, Tensors(file, tensors), dict(pairs), names, allow)
-    if not r.targets and not config.saved and config.tokens is None:
+    if not (r.targets or r.tied_targets) and not config.saved and config.tokens is None:
         raise AdapterFileError(
             f"{config.file}: got neither target_modules nor anything else that trains, expected "
             "an adapter."

@@ -182,7 +182,7 @@ class Map:
         raise TargetError(
             f"{path}: trains, and no other leaf has the {size:,} rows of this table, so that it "
             "may be the model's head too. PEFT adapts lookup and head by themselves: say which "
-            f"module shares it, names[{slot.entry.pattern!r}]['tied'] = 'lm_head', or [] if none does."
+            f"module shares it, names[{entry.pattern!r}]['tied'] = 'lm_head', or [] if none does."
         )
 
     def entry_hint(self) -> str:
