@@ -132,7 +132,8 @@ def check_base(where: str, description: Description, params: Any, allow: bool) -
 
 def _under_params(base: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> str:
     """A remedy, if the two differ by Flax's outermost key alone."""
-    if {_paths.short(path) for path in base} != {_paths.short(path) for path in found}:
+    alike = {_paths.short(path) for path in base} == {_paths.short(path) for path in found}
+    if base.keys() == found.keys() or not alike:
         return ""
     if all(path.startswith("params/") for path in found):
         return "The adapter's base has no 'params/' in front: give variables['params']."
