@@ -88,6 +88,7 @@ ORDER = [
     "cli._inspect",
     "cli._base_leaves",
     "cli._convert",
+    "cli._tied",
     "cli._torch_names",
     "cli._merge",
     "cli",

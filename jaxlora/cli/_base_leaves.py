@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora._errors import AdapterFileError
 from jaxlora._matrix import from_matrix
 from jaxlora._weight import FullWeight
 from jaxlora.checkpoint._fingerprint import Leaf, checksum_of, sample_places
@@ -47,7 +48,11 @@ def leaf_of(slot: Slot, names: Map, read: Read, dtype: Any) -> np.ndarray:
     for place, piece in _pieces(slot, names):
         part = _part(place, piece, read)
         if part is None:
-            raise KeyError(f"{place.module}.{place.parameter}")
+            raise AdapterFileError(
+                f"{slot.path}: is frozen, and {place.module}.{place.parameter} is no tensor of the "
+                f"base, expected it of shape {parameter_shape(place)}, since another leaf of that "
+                "module trains in full."
+            )
         table[piece.index][..., piece.start : piece.stop] = part
     value = from_matrix(table, slot.shape, slot.roles) if slot.is_matrix else table
     return np.asarray(value).reshape(slot.shape)

@@ -19,7 +19,7 @@ from jaxlora.cli._read import check_new, is_peft, lora_without_base, read_names,
 from jaxlora.cli._shards import Base, open_base, write_base
 from jaxlora.cli._torch_names import Prefix, prefix_of, read_model_config, torch_names
 from jaxlora.peft import _config, _files
-from jaxlora.peft._names import Map
+from jaxlora.peft._names import Map, Place
 
 
 def merge(
@@ -47,7 +47,7 @@ def merge(
             else _mapped(model, adapter, mapping, allow)
         )
     elif mapping is not None:
-        found = _renamed(model, adapter, mapping, allow_base_mismatch)
+        found = _renamed(model, adapter, mapping, allow, allow_base_mismatch)
     else:
         found = _of_checkpoint(model, adapter, allow_base_mismatch)
     nodes, added = found.nodes, found.added
@@ -83,7 +83,12 @@ class _Merging(NamedTuple):
     prefix: Prefix
 
 
-def _of_peft(model: Base, directory: pathlib.Path, allow: Sequence[str] = ()) -> _Merging:
+def _of_peft(
+    model: Base,
+    directory: pathlib.Path,
+    allow: Sequence[str],
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> _Merging:
     """PEFT's adapter: both have PyTorch's names."""
     raw = _files.read_config(directory)
     config = _config.parse(raw, str(directory / _files.CONFIG))
@@ -91,7 +96,7 @@ def _of_peft(model: Base, directory: pathlib.Path, allow: Sequence[str] = ()) ->
     shapes = {key: x.shape for key, x in model.tensors.items()}
     settings = read_model_config(model.directory)
     adapter = {key: x.shape for key, x in tensors.items()}
-    names, keys, new, prefix = torch_names(config, adapter, shapes, settings)
+    names, keys, new, prefix = torch_names(config, adapter, shapes, settings, model.equal, known)
     leaves = {name: model.tensors[key].leaf() for name, key in keys.items() if name not in new}
     blank = {name: np.broadcast_to(np.float32(0), shape) for name, shape in new.items()}
     lora = peft.load(directory, {**leaves, **blank}, names, allow=allow)
@@ -109,7 +114,11 @@ def _mapped(
 
 
 def _renamed(
-    model: Base, directory: pathlib.Path, names: Mapping[str, Any], allow: bool
+    model: Base,
+    directory: pathlib.Path,
+    names: Mapping[str, Any],
+    allow: Sequence[str],
+    allow_base_mismatch: bool,
 ) -> _Merging:
     """jaxlora's adapter on a base with PyTorch's names: by way of PEFT's format."""
     saved = read_saved(directory)
@@ -131,7 +140,7 @@ def _renamed(
         if isinstance(lora[p.slot.path], FullWeight) and read(f"{p.module}.{p.parameter}") is None
     }
     odd = [p for p in other_values(saved.description.base, known, read) if p not in new]
-    if odd and not allow:
+    if odd and not allow_base_mismatch:
         raise CheckpointError(
             f"{directory}: got a base that is not this adapter's. It has other values, or none, "
             f"at:{_paths.listing(odd)}\nAfter an initializer that moves the base (pissa, olora, "
@@ -142,7 +151,22 @@ def _renamed(
         lora[path] = leaf_of(known.slots[path], known, read, lora[path].dtype)
     with tempfile.TemporaryDirectory() as temporary:
         peft.save(temporary, lora, whole)
-        return _of_peft(model, pathlib.Path(temporary))
+        entries = {f"{p.module}.{p.parameter}": _entry(p, known) for p in known.places.values()}
+        entries = {name: entry for name, entry in entries.items() if entry["kind"] != "parameter"}
+        return _of_peft(model, pathlib.Path(temporary), allow, entries)
+
+
+def _entry(place: Place, known: Map) -> dict[str, Any]:
+    """Of a map from PyTorch's names to themselves, as a map from ours has it."""
+    kind = place.kind
+    found: dict[str, Any] = {"module": place.module, "kind": kind, "parameter": place.parameter}
+    if place.slot.is_matrix:
+        spatial = "i" * (len(place.slot.inputs) - 1)
+        roles = {"linear": "oi", "conv1d": "io", "embedding": "io", "conv": f"oi{spatial}"}
+        found["roles"] = roles.get(kind, "")
+    if kind == "embedding" and place.slot.entry.tied is not None:
+        found["tied"] = [head for head, slot in known.tied.items() if slot is place.slot]
+    return found
 
 
 def _without_tokens(entry: Any) -> Any:

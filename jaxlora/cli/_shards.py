@@ -92,6 +92,20 @@ class Base:
     def nbytes(self) -> int:
         return sum(x.stop - x.start for x in self.tensors.values())
 
+    def equal(self, key: str, other: str) -> bool:
+        """Whether two tensors are the same, bit for bit."""
+        x, y = self.tensors[key], self.tensors[other]
+        if (x.dtype, x.shape) != (y.dtype, y.shape):
+            return False
+        with open(x.file, "rb") as f, open(y.file, "rb") as g:
+            f.seek(x.start)
+            g.seek(y.start)
+            for at in range(0, x.stop - x.start, _CHUNK):
+                size = min(_CHUNK, x.stop - x.start - at)
+                if f.read(size) != g.read(size):
+                    return False
+        return True
+
     def leaves(self) -> dict[str, np.ndarray]:
         """The tensors, mapped; but those of dtypes that NumPy has not."""
         return {key: x.leaf() for key, x in self.tensors.items() if x.is_known}

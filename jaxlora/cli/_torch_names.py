@@ -7,11 +7,12 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxlora import _paths
 from jaxlora._errors import AdapterFileError
+from jaxlora.cli._tied import check_apart, is_head, is_table, may_be_tied, tied_heads
 from jaxlora.peft._config import Config, has_tail, is_saved
 from jaxlora.peft._strengths import strengths
 
@@ -21,18 +22,6 @@ _EMBEDDING = ".lora_embedding_A"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _INNER = (".base_layer", ".modules_to_save", ".original_module")
 
-# What the modules of Transformers are called, and of what kind they are, where shapes do not tell.
-_TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in")
-_HEADS = (
-    "lm_head",
-    "embed_out",
-    "output_projection",
-    "proj_out",
-    "vocab_projector",
-    "lm_head.decoder",
-    "cls.predictions.decoder",
-)
-_NO_HEAD = ("Classification", "QuestionAnswering", "MultipleChoice")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # GPT-2's and its kin's
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -55,7 +44,14 @@ class Found(NamedTuple):
     prefix: Prefix
 
 
-def torch_names(config: Config, adapter: Shapes, base: Shapes, model: Mapping[str, Any]) -> Found:
+def torch_names(
+    config: Config,
+    adapter: Shapes,
+    base: Shapes,
+    model: Mapping[str, Any],
+    equal: Callable[[str, str], bool],
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> Found:
     """The map for the tensors that an adapter changes.
 
     Args:
@@ -63,69 +59,83 @@ def torch_names(config: Config, adapter: Shapes, base: Shapes, model: Mapping[st
       adapter: the shapes of the adapter's tensors, by key.
       base: the shapes of the base's, by key.
       model: the base's `config.json`, or {}.
+      equal: whether two tensors of the base are the same, bit for bit.
+      known: {what the adapter calls a tensor: its entry}, where it need not be found out.
 
     Raises:
       AdapterFileError: a module that the base has not, a layout that shapes do not tell.
     """
+    known = known or {}
     keys = {key.removeprefix(_STEM): shape for key, shape in adapter.items()}
     wanted = _tensors(config, keys)
     if not wanted:
         raise AdapterFileError(f"{config.file}: got an adapter of nothing, expected some tensors.")
-    rest = [name for name in wanted if not _is_head(name)]
-    table = _table(model, base)
-    prefix = _prefix(config, rest or wanted, base) if rest or table is None else Prefix()
+    named = {f"{head}.weight" for entry in known.values() for head in entry.get("tied", ())}
+    rest = [name for name in wanted if not (is_head(name) or name in named)]
+    prefix = _prefix(config, rest, base) if rest else _prefix_of_heads(wanted, base)
     found = {name: prefix.of(name) for name in wanted}
-    # A head that the base has no tensor of is the table's.
-    heads = {name for name in found.keys() - {*rest} if table is not None}
+    absent = [name for name, key in found.items() if key not in base]
+    heads = [x for x in absent if x in named or _is_tied_head(x, keys, base, model)]
     found = {name: key for name, key in found.items() if name not in heads}
-    if table is not None and (heads or table in found.values()):
-        found.setdefault(prefix.back(table), table)
-    for name in found.keys() - {*rest}:
-        if found[name] not in base and name not in keys and name in wanted:
-            raise _missing(config.file, name, base)
-    if model.get("tie_word_embeddings") is True and table is None:
-        _check_apart(config, set(found.values()), base)
-    new = {name: wanted[name] for name, key in found.items() if key not in base}
+    new = {name: wanted[name] for name in absent if name not in heads}
+    for name in new:
+        _check_new(config, name, found[name], keys, base)
     shapes = {name: new.get(name) or base[key] for name, key in found.items()}
-    layout = _Layout(config, keys, shapes, base)
+    tables = {n for n in found if n not in new and _looks_up(n, keys, shapes[n], model)}
+    trained = [head for head in heads if _is_trained(config, head, keys)]
+    if trained and not tables:
+        raise AdapterFileError(
+            f"{config.file}: {trained[0]} is no tensor of the base, whose head is the table of its "
+            "embedding: an adapter of the head alone has no merged form. Untie the base first."
+        )
+    for name in shapes.keys() - new.keys():
+        if name in tables or is_head(name):
+            check_apart(config.file, found[name], base, model, equal)
+    layout = _Layout(config, keys, shapes, base, {*known})
     names: dict[str, Any] = {}
     for name in sorted(found, key=layout.order):
-        entry = layout.entry(name)
-        if found[name] == table:
-            tied = sorted(name.removesuffix(".weight") for name in heads or {"lm_head.weight"})
+        entry = known.get(name) or layout.entry(name)
+        if name in tables and "tied" not in entry:
+            tied = tied_heads(found[name], base, model, [x.removesuffix(".weight") for x in heads])
             entry = {**entry, "kind": "embedding", "roles": "io", "tied": tied}
         names[re.escape(name)] = entry
     return Found(names, found, new, prefix)
 
 
-def _is_head(name: str) -> bool:
-    return any(has_tail(name, f"{head}.weight") for head in _HEADS)
+def _prefix_of_heads(wanted: Iterable[str], base: Shapes) -> Prefix:
+    """Of an adapter of heads alone: what the base puts in front of them, if it has them."""
+    found = {key.removesuffix(name) for name in wanted for key in base if has_tail(key, name)}
+    return Prefix(on=found.pop()) if len(found) == 1 else Prefix()
 
 
-def _table(model: Mapping[str, Any], base: Shapes) -> str | None:
-    """The input embedding, where it is the head too: the base has no tensor of a head then."""
-    classes = [x for x in _list(model.get("architectures")) if isinstance(x, str)]
-    headless = any(word in name for name in classes for word in _NO_HEAD)
-    if model.get("tie_word_embeddings") is False or headless or any(map(_is_head, base)):
-        return None
-    tables = [key for key in base if any(has_tail(key, f"{t}.weight") for t in _TABLES)]
-    return min(tables, key=lambda key: (key.count("."), key), default=None)
+def _looks_up(name: str, keys: Shapes, shape: tuple[int, ...], model: Mapping[str, Any]) -> bool:
+    """Whether the adapter changes a table that tokens are looked up in."""
+    module = name.removesuffix(".weight")
+    if module + _EMBEDDING in keys or module + _TOKENS in keys:
+        return True
+    whole = module + _A not in keys
+    return name.endswith(".weight") and whole and is_table(name, shape, model)
 
 
-def _check_apart(config: Config, changed: set[str], base: Shapes) -> None:
-    """A head on the disk that config.json ties to the table is not what Transformers loads."""
-    tables = [key for key in base if any(has_tail(key, f"{t}.weight") for t in _TABLES)]
-    touched = sorted(changed & {*filter(_is_head, base), *tables})
-    if touched and any(map(_is_head, base)):
-        raise AdapterFileError(
-            f"{config.file}: the adapter changes {touched[0]}, and config.json of the base says "
-            "tie_word_embeddings, though it has both tables on the disk: what one of them becomes, "
-            "the other would not. Set tie_word_embeddings to false in it first."
-        )
+def _is_tied_head(name: str, keys: Shapes, base: Shapes, model: Mapping[str, Any]) -> bool:
+    """Whether a head that the base has no tensor of has its shape from some table of it."""
+    module = name.removesuffix(".weight")
+    a, b = keys.get(module + _A), keys.get(module + _B)
+    shape = keys.get(name) if a is None or b is None else (b[0], a[-1])
+    return is_head(name) and may_be_tied(model) and shape in base.values()
 
 
-def _list(x: Any) -> list[Any]:
-    return x if isinstance(x, list) else []
+def _is_trained(config: Config, name: str, keys: Shapes) -> bool:
+    module = name.removesuffix(".weight")
+    return module + _A in keys or any(is_saved(module, saved) for saved in config.saved)
+
+
+def _check_new(config: Config, name: str, key: str, keys: Shapes, base: Shapes) -> None:
+    """Raises unless a tensor that the base lacks may be one of a head for another task."""
+    parts = key.split(".")
+    backbone = {x.partition(".")[0] for x in base}
+    if name not in keys or parts[0] in backbone or any(part.isdecimal() for part in parts):
+        raise _missing(config.file, name, base)
 
 
 def _tensors(config: Config, keys: Shapes) -> dict[str, tuple[int, ...]]:
@@ -226,11 +236,14 @@ class _Layout:
         keys: Shapes,
         shapes: Shapes,
         base: Shapes,
+        known: set[str],
     ):
         self.config, self.keys, self.shapes = config, keys, shapes
         self._alike = _transposed(base)
-        self._others = self._of_targets()
-        self.parameters = self._parameters()
+        for last, ways in self._of_targets().items():
+            self._alike.setdefault(last, set()).update(ways)
+        self._others = {way for ways in self._of_targets().values() for way in ways}
+        self.parameters = {} if shapes.keys() <= known else self._parameters()
 
     def order(self, name: str) -> tuple[int, int]:
         """Where an entry stands: parameters of a module as the module has them."""
@@ -247,7 +260,7 @@ class _Layout:
             return {"module": module, "kind": kind, "parameter": parameter}
         extra = {} if parameter == "weight" else {"parameter": parameter}
         if module + _EMBEDDING in self.keys or module + _TOKENS in self.keys:
-            return {"module": module, "kind": "embedding", "roles": "io", "tied": [], **extra}
+            return {"module": module, "kind": "embedding", "roles": "io", **extra}
         if len(shape) == 2:
             kind, roles = ("conv1d", "io") if self._is_conv1d(name) else ("linear", "oi")
             return {"module": module, "kind": kind, "roles": roles, **extra}
@@ -259,14 +272,14 @@ class _Layout:
         a = self.keys.get(module + _A)
         return 1 if a is None or len(a) < 2 or not shape[1] else a[1] // shape[1]
 
-    def _of_targets(self) -> set[bool]:
-        """Whether the targets that are not square are (in, out)."""
-        found = set()
+    def _of_targets(self) -> dict[str, set[bool]]:
+        """{last segment of a name: whether its targets that are not square are (in, out)}."""
+        found: dict[str, set[bool]] = {}
         for name, shape in self.shapes.items():
             module = name.removesuffix(".weight")
             a, b = self.keys.get(module + _A), self.keys.get(module + _B)
             if a is not None and b is not None and len(shape) == 2 and a[-1] != b[0]:
-                found.add(shape == (a[-1], b[0]))
+                found.setdefault(module.rpartition(".")[2], set()).add(shape == (a[-1], b[0]))
         return found
 
     def _is_conv1d(self, name: str) -> bool:
@@ -286,10 +299,11 @@ class _Layout:
         alike = self._alike.get(last, set())
         if len(alike) == 1:
             return next(iter(alike))
-        flag = self.config.fan_in_fan_out
-        if self._others == {flag} and (flag or last not in _CONV1D):
-            return flag
-        if not self._others and not flag and last not in _CONV1D:
+        if last in _CONV1D:  # which are alike in a model
+            alike = {way for name in _CONV1D for way in self._alike.get(name, ())}
+            if len(alike) == 1:
+                return next(iter(alike))
+        elif not self.config.fan_in_fan_out and True not in self._others:
             return False
         raise AdapterFileError(
             f"{self.config.file}: {module} is square, so that its shape does not tell whether it "

@@ -152,6 +152,8 @@ def _check_tied(r: Reading) -> None:
         saved = any(is_saved(table, name) for name in r.config.saved)
         saved_head = any(is_saved(head, name) for name in r.config.saved)
         if not (table in r.targets or head in r.tied_targets or saved or saved_head):
+            for copy in (".weight", ".base_layer.weight"):  # PEFT's save_embedding_layers
+                r.check_base(r.names.places[table, "weight"], PREFIX + head + copy)
             continue
         # PEFT ties "embed_tokens" and "lm_head" alone: else it warns, and adapts one of the two.
         both = r.config.tying and r.tensors.has_any_of(head) and r.tensors.has_any_of(table)
