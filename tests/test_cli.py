@@ -434,7 +434,7 @@ def test_subfolders_come_along_and_other_weights_are_named(tmp_path, capsys):
     said = run(capsys, "merge", tmp_path / "base", ROOT / "tokens", out, "--quiet")
     found = {str(x.relative_to(out)) for x in out.rglob("*") if x.is_file()}
     assert found == {"model.safetensors", "1_Pooling/config.json"}
-    assert "not copied, weights in other formats: pytorch_model.bin, onnx/model.onnx" in said
+    assert "not copied, other weights: pytorch_model.bin, onnx/model.onnx" in said
     assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o600
 
 
@@ -813,3 +813,40 @@ def test_the_extra_is_named(bases, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     err = run(capsys, "merge", bases, ROOT / "tokens", bases.parent / "out", code=1)
     assert "pip install 'jaxlora[cli]'" in err
+
+
+def test_a_head_of_another_part_is_not_the_table_s(tmp_path, capsys):
+    tensors, config = decoder(tied=True)
+    tensors["mtp.lm_head.weight"] = normal(12, 6, seed=9)
+    write_base(tmp_path / "base", tensors)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    changes = lookup("model.embed_tokens", 12)
+    adapter = write_adapter(tmp_path / "adapter", changes, target_modules=["embed_tokens"])
+    assert "model.embed_tokens or lm_head is trained" in refused(capsys, tmp_path / "base", adapter)
+
+
+def test_what_the_base_calls_otherwise_is_not_added(tmp_path, capsys):
+    """A module that trains in full, of the backbone, and that the base has not by that name."""
+    tensors, _ = decoder()
+    write_base(tmp_path / "base", tensors)
+    changes = linear("model.layers.0.q_proj", 6) | {"model.layers.0.gate.weight": normal(3, 6)}
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}
+    adapter = write_adapter(tmp_path / "adapter", changes, **fields)
+    assert "gate.weight is no tensor of the base" in refused(capsys, tmp_path / "base", adapter)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_map_says_what_shapes_do_not(kind, tmp_path, capsys):
+    """Of a checkpoint: a square weight, whose layout its map knows."""
+    params = {"proj": {"kernel": normal(4, 4)}}
+    lora = randomized(jaxlora.init(jax.random.key(0), params, LoraConfig(rank=2, targets=["proj"])))
+    checkpoint.save(tmp_path / "adapter", lora)
+    names = {"proj/kernel": {"module": "h.c_proj", "kind": kind}}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    turn = (lambda x: x.T) if kind == "linear" else (lambda x: x)
+    base = {"h.c_proj.weight": np.ascontiguousarray(turn(params["proj"]["kernel"]))}
+    save_file(base, tmp_path / "base.safetensors")
+    arguments = [tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "o.safetensors"]
+    run(capsys, "merge", *arguments, "--quiet", "--names", tmp_path / "names.json")
+    want = turn(np.asarray(jaxlora.merge(lora)["proj"]["kernel"]))
+    np.testing.assert_array_equal(load_file(tmp_path / "o.safetensors")["h.c_proj.weight"], want)

@@ -65,7 +65,7 @@ def merge(
             "base's: give it the architecture and the number of labels that go with them."
         )
     if left:
-        lines.append(f"not copied, weights in other formats: {', '.join(left)}")
+        lines.append(f"not copied, other weights: {', '.join(left)}")
     return "\n".join(lines)
 
 

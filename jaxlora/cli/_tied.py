@@ -32,6 +32,15 @@ def is_head(name: str) -> bool:
     return any(has_tail(name, f"{head}.weight") for head in _HEADS)
 
 
+def _is_head_of(name: str, table: str) -> bool:
+    """Whether a head lies where that of a table would, not in another part of the model."""
+    head = next((h for h in _HEADS if has_tail(name, f"{h}.weight")), None)
+    if head is None:
+        return False
+    part = name.removesuffix(f"{head}.weight").partition(".")[0]
+    return part in ("", "cls", table.partition(".")[0])
+
+
 def is_table(name: str, shape: tuple[int, ...], model: Mapping[str, Any]) -> bool:
     """Whether a matrix is a table of the vocabulary, as its name or config.json has it."""
     named = any(has_tail(name, f"{table}.weight") for table in _TABLES)
@@ -47,7 +56,8 @@ def may_be_tied(model: Mapping[str, Any]) -> bool:
 
 
 def _is_body(name: str) -> bool:
-    return name.endswith("Model") and not name.endswith(("LMHeadModel", "DoubleHeadsModel"))
+    headed = ("LMHeadModel", "DoubleHeadsModel", "DecoderModel")
+    return name.endswith("Model") and not name.endswith(headed)
 
 
 def _of(model: Mapping[str, Any], field: str) -> Any:
@@ -72,7 +82,7 @@ def tied_heads(
     rows = _of(model, "vocab_size")
     if not may_be_tied(model) or (isinstance(rows, int) and base[key][0] != rows):
         return []
-    if any(is_head(other) and base[other] == base[key] for other in base):
+    if any(_is_head_of(other, key) and base[other] == base[key] for other in base):
         return []  # it has its own
     return missing or ["lm_head"]
 
