@@ -311,7 +311,7 @@ def _linen(module: Any, key: jax.Array, flag: str) -> tuple[Any, dict[str, Mode]
     return variables, {"inference": (infer, (tokens,)), "training": (learn, (key, tokens))}
 
 
-@model("gated linear RNN", "flax-gated-linear-rnn", "flax_gated_linear_rnn", "Linen")
+@model("gated linear RNN", "flax-gated-linear-rnn", "flax_gated_linear_rnn", "Linen", quick=False)
 def _gated_linear_rnn(key: jax.Array):
     return _gated_rnn(key, recurrent=False)
 
@@ -393,7 +393,7 @@ def _mamba3_of(key: jax.Array, **options: Any):
     return _nnx(functools.partial(Mamba3ForCausalLM, config), jnp.asarray(TOKENS))
 
 
-@model("Mamba-3", "mamba3-jax", "mamba3_jax", "NNX")
+@model("Mamba-3", "mamba3-jax", "mamba3_jax", "NNX", quick=False)
 def _mamba3(key: jax.Array):
     return _mamba3_of(key)
 

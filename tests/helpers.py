@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend.core import Literal
 
 import jaxlora
@@ -160,3 +161,9 @@ def count_primitives(jaxpr: Any, name: str) -> int:
         (eqn.primitive.name == name) + sum(count_primitives(s, name) for s in _sub_jaxprs(eqn))
         for eqn in inner.eqns
     )
+
+
+def mostly_slow(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Parameters of a test, those that are not `quick` marked as slow."""
+    slow = pytest.mark.slow
+    return [v if v in quick else pytest.param(v, marks=slow) for v in values]

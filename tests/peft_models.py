@@ -311,7 +311,7 @@ def layers(base):
         "conv2": {"kernel": base["conv2.weight"].transpose(2, 3, 1, 0), "bias": base["conv2.bias"]},
     }
     names = {
-        "emb/embedding": {"module": "emb", "kind": "embedding"},
+        "emb/embedding": {"module": "emb", "kind": "embedding", "tied": []},
         "lin/kernel": "lin",
         "conv1/kernel": {"module": "conv1", "kind": "conv", "roles": "iio"},
         "conv2/kernel": {"module": "conv2", "kind": "conv", "roles": "iiio", "order": "HWIO"},

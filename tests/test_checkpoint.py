@@ -936,3 +936,31 @@ def test_two_processes(tmp_path):
     expected = jaxlora.partition(processes.adapter(params))[0]
     for path in (tmp_path / "adapter", tmp_path / "run" / "1" / "lora"):
         assert_same(jaxlora.partition(checkpoint.restore(path, params))[0], expected)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_flax_outermost_key(inside: bool, tmp_path):
+    params = {"kernel": jnp.ones((3, 4))}
+    saved, given = ({"params": params}, params) if inside else (params, {"params": params})
+    checkpoint.save(tmp_path, adapted(saved))
+    remedy = "give {'params': params}" if inside else r"give variables\['params'\]"
+    with pytest.raises(CheckpointError, match=remedy):
+        checkpoint.restore(tmp_path, given)
+
+
+def test_peft_s_directories_are_known(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"It is PEFT's: jaxlora\.peft\.load"):
+        checkpoint.restore(tmp_path, {"kernel": jnp.ones((3, 4))})
+
+
+def test_a_manager_s_restore_without_params(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        lora = checkpoint.Save(adapted({"kernel": jnp.ones((3, 4))}))
+        manager.save(1, args=ocp.args.Composite(lora=lora))
+    handlers = ocp.args.Composite(lora=checkpoint.Restore())
+    with (
+        ocp.CheckpointManager(tmp_path) as manager,
+        pytest.raises(TargetError, match=r"got no params, expected those.*Restore\(params\)"),
+    ):
+        manager.restore(1, args=handlers)

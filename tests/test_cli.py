@@ -68,7 +68,8 @@ def test_merged_is_what_peft_trained(name, tmp_path, capsys):
     """The logits of the merged files are PEFT's to 1e-5."""
     tensors = base_tensors(name)
     write_base(tmp_path / "base", tensors, shards=2)
-    (tmp_path / "base" / "config.json").write_text(json.dumps(TIED.get(name, {})))
+    config = TIED.get(name, {"tie_word_embeddings": False})
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     said = run(capsys, "merge", tmp_path / "base", ROOT / name, tmp_path / "out", "--quiet")
     out = tmp_path / "out"
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -137,7 +138,7 @@ def test_a_head_that_the_base_lacks_is_added(shards, tmp_path, capsys):
     base = {k.removeprefix("bert."): x for k, x in whole.items() if not k.startswith("classifier")}
     write_base(tmp_path / "base", base, shards)
     said = run(capsys, "merge", tmp_path / "base", ROOT / "bert", tmp_path / "out", "--quiet")
-    assert "2 added" in said
+    assert "classifier.bias, classifier.weight: added" in said
     merged: dict[str, np.ndarray] = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
         merged |= load_file(file)
@@ -195,7 +196,7 @@ def test_another_base_is_refused(tmp_path, capsys):
     arguments = ["merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--quiet"]
     arguments += ["--names", tmp_path / "names.json"]
     err = run(capsys, *arguments, code=1)
-    assert "other values at" in err
+    assert "It has other values, or none, at:" in err
     assert "up/kernel" in err
     assert "jaxlora.rebase" in err
     plain = jaxlora.rebase(lora, peft_models.initial("pissa", m), m.params)
@@ -274,6 +275,210 @@ def test_a_model_larger_than_what_is_used_of_memory(tmp_path):
     assert not load_file(tmp_path / "out" / "m1.safetensors")["layers.1.proj.weight"].any()
 
 
+def write_adapter(
+    directory: pathlib.Path, tensors: dict[str, np.ndarray], **fields: Any
+) -> pathlib.Path:
+    directory.mkdir(exist_ok=True)
+    named = {f"base_model.model.{key}": x for key, x in tensors.items()}
+    save_file(named, directory / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, **fields}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def decoder(tied: bool = False, **config: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors of a decoder, and its config.json."""
+    tensors = {
+        "model.embed_tokens.weight": normal(12, 6),
+        "model.pos.weight": normal(5, 6, seed=1),
+        "model.layers.0.q_proj.weight": normal(6, 6, seed=2),
+        "lm_head.weight": normal(12, 6, seed=3),
+    }
+    if tied:
+        del tensors["lm_head.weight"]
+    return tensors, {"architectures": ["LlamaForCausalLM"], "vocab_size": 12, **config}
+
+
+def lookup(module: str, rows: int) -> dict[str, np.ndarray]:
+    return {
+        f"{module}.lora_embedding_A": normal(2, rows, seed=4),
+        f"{module}.lora_embedding_B": normal(6, 2, seed=5),
+    }
+
+
+def linear(module: str, outputs: int) -> dict[str, np.ndarray]:
+    return {
+        f"{module}.lora_A.weight": normal(2, 6, seed=6),
+        f"{module}.lora_B.weight": normal(outputs, 2, seed=7),
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_heads_and_other_tables(prefix, tmp_path, capsys):
+    """An own head, with PEFT's copy of it beside the adapter; a table of positions is no head."""
+    tensors, config = decoder()
+    write_base(tmp_path / "base", {prefix + key: x for key, x in tensors.items()})
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    copy = {"lm_head.base_layer.weight": tensors["lm_head.weight"]}
+    changes = linear("lm_head", 12) | lookup("model.pos", 5) | copy
+    adapter = write_adapter(tmp_path / "adapter", changes, target_modules=["lm_head", "pos"])
+    run(capsys, "merge", tmp_path / "base", adapter, tmp_path / "out", "--quiet")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    a, b = changes["lm_head.lora_A.weight"], changes["lm_head.lora_B.weight"]
+    change = merged[f"{prefix}lm_head.weight"] - tensors["lm_head.weight"]
+    np.testing.assert_allclose(change, b @ a, atol=1e-5)
+    a, b = changes["model.pos.lora_embedding_A"], changes["model.pos.lora_embedding_B"]
+    change = merged[f"{prefix}model.pos.weight"] - tensors["model.pos.weight"]
+    np.testing.assert_allclose(change, (b @ a).T, atol=1e-5)
+    changes["lm_head.base_layer.weight"] = copy["lm_head.base_layer.weight"] + 1
+    write_adapter(tmp_path / "adapter", changes, target_modules=["lm_head", "pos"])
+    assert "got another table" in refused(capsys, tmp_path / "base", adapter)
+
+
+@pytest.mark.parametrize("how", ["lora", "full", "head", "no config", "flag alone"])
+def test_of_a_tied_table_one_use_alone_is_refused(how, tmp_path, capsys):
+    tensors, config = decoder(tied=True)
+    write_base(tmp_path / "base", tensors)
+    if how != "no config":
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    changes, fields = lookup("model.embed_tokens", 12), {"target_modules": ["embed_tokens"]}
+    if how == "full":
+        changes = {"model.embed_tokens.weight": normal(12, 6, seed=8)}
+        fields = {"target_modules": [], "modules_to_save": ["embed_tokens"]}
+    if how == "head":
+        changes, fields = linear("lm_head", 12), {"target_modules": ["lm_head"]}
+    if how == "flag alone":  # PEFT leaves it as it was asked for, where it has tied nothing
+        fields["ensure_weight_tying"] = True
+    adapter = write_adapter(tmp_path / "adapter", changes, **fields)
+    err = refused(capsys, tmp_path / "base", adapter)
+    if how == "head":
+        assert "an adapter of the head alone has no merged form" in err
+    else:
+        assert "model.embed_tokens or lm_head is trained" in err
+        assert "'ensure_weight_tying'" in err
+        arguments = [tmp_path / "base", adapter, tmp_path / "out", "--quiet"]
+        run(capsys, "merge", *arguments, "--allow", "ensure_weight_tying")
+        merged = load_file(tmp_path / "out" / "model.safetensors")
+        assert not np.array_equal(
+            merged["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"]
+        )
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_tied_head_that_is_on_the_disk(said, tmp_path, capsys):
+    """As config.json says, or as both are the same."""
+    tensors, config = decoder(**({"tie_word_embeddings": True} if said else {}))
+    if not said:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_base(tmp_path / "base", tensors)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    adapter = write_adapter(tmp_path / "adapter", linear("lm_head", 12), target_modules=["lm_head"])
+    assert "the base has model.embed_tokens.weight too" in refused(
+        capsys, tmp_path / "base", adapter
+    )
+    write_adapter(adapter, linear("model.layers.0.q_proj", 6), target_modules=["q_proj"])
+    run(capsys, "merge", tmp_path / "base", adapter, tmp_path / "out", "--quiet")
+
+
+def test_square_weights_of_gpt2(tmp_path, capsys):
+    """PEFT's flag is that of the module that came last, a head here; the base's biases tell."""
+    base = {
+        "h.0.attn.c_proj.weight": normal(4, 4),
+        "h.0.attn.c_proj.bias": normal(4),
+        "h.0.mlp.c_proj.weight": normal(8, 4),
+        "h.0.mlp.c_proj.bias": normal(4),
+        "score.weight": normal(3, 4),
+    }
+    write_base(tmp_path / "base", base)
+    changes = {
+        "h.0.attn.c_proj.lora_A.weight": normal(2, 4, seed=1),
+        "h.0.attn.c_proj.lora_B.weight": normal(4, 2, seed=2),
+        "score.lora_A.weight": normal(2, 4, seed=3),
+        "score.lora_B.weight": normal(3, 2, seed=4),
+    }
+    fields = {"target_modules": ["attn.c_proj", "score"], "fan_in_fan_out": False}
+    adapter = write_adapter(tmp_path / "adapter", changes, **fields)
+    run(capsys, "merge", tmp_path / "base", adapter, tmp_path / "out", "--quiet")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, transposed in (("h.0.attn.c_proj", True), ("score", False)):
+        want = formula(adapter, name)
+        change = merged[f"{name}.weight"] - base[f"{name}.weight"]
+        np.testing.assert_allclose(change, want.T if transposed else want, atol=1e-5)
+    del base["h.0.mlp.c_proj.weight"]
+    write_base(tmp_path / "less", base)
+    assert "c_proj is square" in refused(capsys, tmp_path / "less", adapter)
+
+
+def test_numbers_of_8_bits_are_copied_and_not_computed_with(tmp_path, capsys):
+    base = {"q.weight": normal(6, 6).astype(ml_dtypes.float8_e4m3fn), "r.weight": normal(6, 6)}
+    write_base(tmp_path / "base", base)
+    adapter = write_adapter(tmp_path / "adapter", linear("q", 6), target_modules=["q"])
+    assert "q.weight: got dtype F8_E4M3" in refused(capsys, tmp_path / "base", adapter)
+    write_adapter(adapter, linear("r", 6), target_modules=["r"])
+    run(capsys, "merge", tmp_path / "base", adapter, tmp_path / "out", "--quiet")
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert base["q.weight"].tobytes() in data
+
+
+def test_subfolders_come_along_and_other_weights_are_named(tmp_path, capsys):
+    write_base(tmp_path / "base", base_tensors("tokens"))
+    for name in ("1_Pooling/config.json", ".cache/x", "onnx/model.onnx", "pytorch_model.bin"):
+        (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_text("{}")
+    (tmp_path / "base" / "model.safetensors").chmod(0o600)
+    out = tmp_path / "base" / "merged"  # within the base
+    said = run(capsys, "merge", tmp_path / "base", ROOT / "tokens", out, "--quiet")
+    found = {str(x.relative_to(out)) for x in out.rglob("*") if x.is_file()}
+    assert found == {"model.safetensors", "1_Pooling/config.json"}
+    assert "not copied, other weights: pytorch_model.bin, onnx/model.onnx" in said
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_checkpoint_with_leaves_in_full(tmp_path, capsys):
+    """What lies frozen beside them in their modules is the base's; every leaf is compared."""
+    params = {
+        "norm": {"scale": normal(6), "bias": normal(6, seed=1)},
+        "q": {"kernel": normal(6, 6, seed=2)},
+        "other": {"kernel": normal(6, 6, seed=3)},
+    }
+    config = LoraConfig(rank=2, targets=["q"], train=["norm/scale"])
+    lora = randomized(jaxlora.init(jax.random.key(0), params, config))
+    checkpoint.save(tmp_path / "adapter", lora)
+    names = {
+        "norm/scale": {"module": "norm", "kind": "vector"},
+        "norm/bias": {"module": "norm", "kind": "vector", "parameter": "bias"},
+        "(q|other)/kernel": "{1}",
+    }
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    base = {
+        "norm.weight": params["norm"]["scale"],
+        "norm.bias": params["norm"]["bias"],
+        "q.weight": params["q"]["kernel"].T.copy(),
+        "other.weight": params["other"]["kernel"].T.copy(),
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    more = ["--names", tmp_path / "names.json"]
+    err = run(capsys, "convert", tmp_path / "adapter", tmp_path / "peft", *more, code=1)
+    assert "norm/bias: is frozen" in err
+    arguments = [tmp_path / "adapter", tmp_path / "out.safetensors", "--quiet", *more]
+    run(capsys, "merge", tmp_path / "base.safetensors", *arguments)
+    merged = load_file(tmp_path / "out.safetensors")
+    want = jaxlora.merge(lora)
+    np.testing.assert_array_equal(merged["norm.weight"], want["norm"]["scale"])
+    np.testing.assert_array_equal(merged["norm.bias"], params["norm"]["bias"])
+    np.testing.assert_array_equal(merged["q.weight"], np.asarray(want["q"]["kernel"]).T)
+    base["other.weight"][0, 0] += 1
+    save_file(base, tmp_path / "other.safetensors")
+    arguments[1] = tmp_path / "none.safetensors"
+    err = run(capsys, "merge", tmp_path / "other.safetensors", *arguments, code=1)
+    assert "other/kernel" in err
+    run(capsys, "merge", tmp_path / "other.safetensors", *arguments, "--allow-base-mismatch")
+
+
 # --------------------------------------------------------------------------------------------------
 # What cannot be merged
 
@@ -286,7 +491,7 @@ def bases(tmp_path):
 
 def refused(capsys, base: pathlib.Path, adapter: pathlib.Path = ROOT / "tokens", *more: Any) -> str:
     """The message; and that nothing was left behind."""
-    out = base.parent / "out"
+    out = base.parent / "never"
     before = {*os.listdir(base.parent)}
     err = run(capsys, "merge", base, adapter, out, "--quiet", *more, code=1)
     assert {*os.listdir(base.parent)} == before
@@ -376,8 +581,6 @@ def test_values_beyond_the_dtype(tmp_path, capsys):
 
 def test_layouts_that_shapes_do_not_tell(tmp_path, capsys):
     """Of a square weight of GPT-2's the flag says it; of experts, nothing."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     base = {"wide.weight": normal(4, 6), "square.weight": normal(4, 4)}
     write_base(tmp_path / "base", base)
     tensors = {
@@ -392,9 +595,14 @@ def test_layouts_that_shapes_do_not_tell(tmp_path, capsys):
     save_file(tensors, adapter / "adapter_model.safetensors")
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["wide", "square"]}
     (adapter / "adapter_config.json").write_text(json.dumps(fields))
-    assert "fan_in_fan_out is False" in refused(capsys, tmp_path / "base", adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps(fields | {"fan_in_fan_out": True}))
-    run(capsys, "merge", tmp_path / "base", adapter, tmp_path / "right", "--quiet")
+    assert "square is square" in refused(capsys, tmp_path / "base", adapter)
+    names = {
+        f"{name}\\.weight": {"module": name, "kind": "conv1d", "roles": "io"}
+        for name in ("wide", "square")
+    }
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    arguments = [tmp_path / "base", adapter, tmp_path / "right", "--quiet"]
+    run(capsys, "merge", *arguments, "--names", tmp_path / "names.json")
     merged = load_file(tmp_path / "right" / "model.safetensors")
     for name in ("wide", "square"):
         change = merged[f"{name}.weight"] - base[f"{name}.weight"]
@@ -605,3 +813,40 @@ def test_the_extra_is_named(bases, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     err = run(capsys, "merge", bases, ROOT / "tokens", bases.parent / "out", code=1)
     assert "pip install 'jaxlora[cli]'" in err
+
+
+def test_a_head_of_another_part_is_not_the_table_s(tmp_path, capsys):
+    tensors, config = decoder(tied=True)
+    tensors["mtp.lm_head.weight"] = normal(12, 6, seed=9)
+    write_base(tmp_path / "base", tensors)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    changes = lookup("model.embed_tokens", 12)
+    adapter = write_adapter(tmp_path / "adapter", changes, target_modules=["embed_tokens"])
+    assert "model.embed_tokens or lm_head is trained" in refused(capsys, tmp_path / "base", adapter)
+
+
+def test_what_the_base_calls_otherwise_is_not_added(tmp_path, capsys):
+    """A module that trains in full, of the backbone, and that the base has not by that name."""
+    tensors, _ = decoder()
+    write_base(tmp_path / "base", tensors)
+    changes = linear("model.layers.0.q_proj", 6) | {"model.layers.0.gate.weight": normal(3, 6)}
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}
+    adapter = write_adapter(tmp_path / "adapter", changes, **fields)
+    assert "gate.weight is no tensor of the base" in refused(capsys, tmp_path / "base", adapter)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_map_says_what_shapes_do_not(kind, tmp_path, capsys):
+    """Of a checkpoint: a square weight, whose layout its map knows."""
+    params = {"proj": {"kernel": normal(4, 4)}}
+    lora = randomized(jaxlora.init(jax.random.key(0), params, LoraConfig(rank=2, targets=["proj"])))
+    checkpoint.save(tmp_path / "adapter", lora)
+    names = {"proj/kernel": {"module": "h.c_proj", "kind": kind}}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    turn = (lambda x: x.T) if kind == "linear" else (lambda x: x)
+    base = {"h.c_proj.weight": np.ascontiguousarray(turn(params["proj"]["kernel"]))}
+    save_file(base, tmp_path / "base.safetensors")
+    arguments = [tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "o.safetensors"]
+    run(capsys, "merge", *arguments, "--quiet", "--names", tmp_path / "names.json")
+    want = turn(np.asarray(jaxlora.merge(lora)["proj"]["kernel"]))
+    np.testing.assert_array_equal(load_file(tmp_path / "o.safetensors")["h.c_proj.weight"], want)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mostly_slow
 from jax import lax
 
 import jaxlora
@@ -53,7 +54,7 @@ class Program(NamedTuple):
         return compiled_figures(self.compiled)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=mostly_slow(MODELS, ("scanned", "unrolled")))
 def programs(request: pytest.FixtureRequest) -> dict[str, Program]:
     return _programs(request.param)
 

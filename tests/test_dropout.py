@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES
-from helpers import assert_close, assert_same, randomized
+from helpers import assert_close, assert_same, mostly_slow, randomized
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -194,7 +194,10 @@ def test_never_on_lookups_nor_on_transposed_uses():
     np.testing.assert_array_equal(run(head, lora, X), X)
 
 
-@pytest.mark.parametrize("name", ["linen_attention", "linen_conv", "linen_scan", "linen_embed"])
+KINDS = ["linen_attention", "linen_conv", "linen_scan", "linen_embed"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(KINDS, ("linen_conv", "linen_embed")))
 @pytest.mark.parametrize("dora", [False, True])
 def test_every_kind(name, dora):
     """Other keys give other results, if no embedding's; equal keys equal ones."""

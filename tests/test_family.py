@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES
-from helpers import assert_close, randomized
+from helpers import assert_close, mostly_slow, randomized
 
 import jaxlora
 from jaxlora import LoraConfig, initializers
@@ -81,7 +81,7 @@ def trees(case, params, args):
     return fresh, others
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ("dense", "embedding")))
 def test_every_feature(kind):
     case = CASES[KINDS[kind]]
     params, args = jax.jit(case.make)(jax.random.key(0))

@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same
+from helpers import assert_same, mostly_slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -229,7 +229,7 @@ def test_int8_codes():
     np.testing.assert_array_equal(q.codes, [0, 2, 0, -2, 2, 127, -126, 0])
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("kind", mostly_slow(["nf4", "fp4", "int8"], ("nf4", "int8")))
 def test_extremes(kind: str):
     blocks = {
         "zeros": np.zeros(8),
@@ -303,7 +303,7 @@ def test_bytes():
     assert q.nbytes == w.size + 4 * 128
 
 
-@pytest.mark.parametrize("kind", ["nf4", "flat", "channel"])
+@pytest.mark.parametrize("kind", mostly_slow(["nf4", "flat", "channel"], ("nf4", "channel")))
 def test_each_stacked_element_is_quantised_alone(kind: str):
     inner = (5, 3) if kind == "flat" else (4, 64)
     options: dict[str, Any] = {"block_size": 32}

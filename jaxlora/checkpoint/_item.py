@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxlora import _paths
-from jaxlora._errors import CheckpointError
+from jaxlora._errors import CheckpointError, TargetError
 from jaxlora.checkpoint import _description
 from jaxlora.checkpoint._description import Description
 from jaxlora.checkpoint._packed import checksum
@@ -48,6 +48,12 @@ class Handler(ocp.AsyncCheckpointHandler):
             _write(directory / DESCRIPTION, description, arrays)
 
     def restore(self, directory: epath.Path, args: Restore) -> Any:
+        if args.params is None:  # as orbax makes it, where it was given none
+            raise TargetError(
+                f"{directory}: got no params, expected those that the adapter was trained on: "
+                "manager.restore(step, args=ocp.args.Composite(lora=jaxlora.checkpoint.Restore("
+                "params), ...))."
+            )
         description = read_description(directory)
         where = str(directory)
         same = check_base(where, description, args.params, args.allow_base_mismatch)
@@ -120,7 +126,7 @@ class Restore(ocp.args.CheckpointArgs):
       allow_base_mismatch: take them even if they differ in more than shapes.
     """
 
-    params: Any
+    params: Any = None
     allow_base_mismatch: bool = False
 
 
@@ -182,6 +188,8 @@ def _damaged(directory: epath.Path, why: Any) -> CheckpointError:
 
 def _nearby(directory: epath.Path) -> str:
     """Where adapters are below a directory that has none itself."""
+    if (directory / "adapter_config.json").exists():
+        return " It is PEFT's: jaxlora.peft.load(path, params, names)."
     if not directory.is_dir():
         return " There is no such directory."
     found = [

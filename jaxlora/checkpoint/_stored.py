@@ -120,7 +120,7 @@ def check_base(where: str, description: Description, params: Any, allow: bool) -
     fatal = [d for d in odd if d.path in adapted and (d.what != "values") and not _fits(d, found)]
     if fatal or (odd and not allow):
         shown = fatal if allow else odd
-        hint = _hint(odd, adapted, bool(fatal))
+        hint = _under_params(description.base, found) or _hint(odd, adapted, bool(fatal))
         error = CheckpointError(
             f"{where}: got params that are not this adapter's base. They differ at:"
             f"{_paths.listing([f'{d.path}: {d.text}' for d in shown], n=20)}\n{hint}"
@@ -128,6 +128,16 @@ def check_base(where: str, description: Description, params: Any, allow: bool) -
         error.paths = tuple(d.path for d in shown)
         raise error
     return found.keys() - {d.path for d in odd}
+
+
+def _under_params(base: Mapping[str, Leaf], found: Mapping[str, Leaf]) -> str:
+    """A remedy, if the two differ by Flax's outermost key alone."""
+    alike = {_paths.short(path) for path in base} == {_paths.short(path) for path in found}
+    if base.keys() == found.keys() or not alike:
+        return ""
+    if all(path.startswith("params/") for path in found):
+        return "The adapter's base has no 'params/' in front: give variables['params']."
+    return "The adapter's base has 'params/' in front of all: give {'params': params}."
 
 
 def _fits(difference: Difference, found: Mapping[str, Leaf]) -> bool:

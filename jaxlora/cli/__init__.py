@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Adapters on disk: look at them, convert them, merge them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"jaxlora {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect = commands.add_parser(
         "inspect",
+        allow_abbrev=False,
         help="a table of an adapter",
         description="A table of an adapter, PEFT's or jaxlora's: format, ranks, scales, sizes, "
         "dtypes and norms. Layers that are alike share a row.",
@@ -87,6 +89,7 @@ def _run_inspect(args: argparse.Namespace) -> None:
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     convert = commands.add_parser(
         "convert",
+        allow_abbrev=False,
         help="from jaxlora's checkpoints to PEFT's directories, and back",
         description="Writes an adapter in the other format: what jaxlora.checkpoint wrote as "
         "PEFT's directory, or PEFT's as a checkpoint of jaxlora.",
@@ -112,7 +115,20 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     convert.add_argument(
         "--for-serving", action="store_true", help="only what vLLM reads; see jaxlora.peft.save"
     )
+    _add_allow(convert)
     convert.set_defaults(run=_run_convert)
+
+
+def _add_allow(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=["ensure_weight_tying"],
+        metavar="NAME",
+        help="what to take otherwise than PEFT's file says: ensure_weight_tying, an adapter of a "
+        "tied embedding that was made for its lookup alone",
+    )
 
 
 def _run_convert(args: argparse.Namespace) -> None:
@@ -121,9 +137,10 @@ def _run_convert(args: argparse.Namespace) -> None:
     print(
         convert(
             args.source,
-            args.out,
+            args.out.expanduser().resolve(),
             args.names,
             base=args.base,
+            allow=args.allow,
             base_model_name=args.base_model_name,
             task_type=args.task_type,
             for_serving=args.for_serving,
@@ -134,6 +151,7 @@ def _run_convert(args: argparse.Namespace) -> None:
 def _add_merge(commands: argparse._SubParsersAction) -> None:
     merge = commands.add_parser(
         "merge",
+        allow_abbrev=False,
         help="fold an adapter into a base of safetensors files",
         description="Writes the base with the adapter folded in, W + scale B A, shard by shard: "
         "neither the base nor the result is ever whole in memory.",
@@ -151,6 +169,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         "names: from its params' paths; without it, the base's keys have to be those paths. For "
         "one of PEFT's, whose map is read off it: from the base's keys, where shapes do not tell",
     )
+    _add_allow(merge)
     merge.add_argument(
         "--allow-base-mismatch",
         action="store_true",
@@ -167,8 +186,9 @@ def _run_merge(args: argparse.Namespace) -> None:
         merge(
             args.base,
             args.adapter,
-            args.out,
+            args.out.expanduser().resolve(),
             names=args.names,
+            allow=args.allow,
             allow_base_mismatch=args.allow_base_mismatch,
             quiet=args.quiet,
         )

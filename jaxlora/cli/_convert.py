@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlora import checkpoint, peft
 from jaxlora._errors import TargetError
 from jaxlora._weight import FullWeight
+from jaxlora.cli._base_leaves import frozen_beside
 from jaxlora.cli._read import (
     check_new,
     is_peft,
@@ -26,6 +27,7 @@ def convert(
     names: pathlib.Path,
     *,
     base: pathlib.Path | None,
+    allow: Sequence[str],
     base_model_name: str | None,
     task_type: str | None,
     for_serving: bool,
@@ -52,7 +54,7 @@ def convert(
             "--base-model-name, --task-type, --for-serving: are of PEFT's directories, expected "
             f"none of them, since {source} is one and becomes a checkpoint."
         )
-    checkpoint.save(out, peft.load(source, params, mapping))
+    checkpoint.save(out, peft.load(source, params, mapping, allow=allow))
     return f"{out}: a checkpoint of jaxlora, from PEFT's directory"
 
 
@@ -68,12 +70,19 @@ def to_peft(
         lora = checkpoint.restore(source, params)
     else:
         lora = lora_without_base(read_saved(source))
-        _check_tokens(lora, names)
+        _check_values(lora, names)
     peft.save(out, lora, names, **how)
 
 
-def _check_tokens(lora: Mapping[str, Any], names: Mapping[str, Any]) -> None:
-    for path, slot in Map(names, lora, _roles(lora)).slots.items():
+def _check_values(lora: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Raises where the base's values have to be known."""
+    known = Map(names, lora, _roles(lora))
+    for path in frozen_beside(known, lora):
+        raise TargetError(
+            f"{path}: is frozen, and another leaf of its module trains in full, which PEFT saves "
+            "as a whole, expected the base to take it from: --base PARAMS."
+        )
+    for path, slot in known.slots.items():
         if slot.entry.tokens and isinstance(lora[path], FullWeight):
             raise TargetError(
                 f"{path}: `tokens` of the map says that some rows alone train, expected the base "

@@ -23,6 +23,8 @@ from jaxlora.peft._strengths import strengths
 _STEM = "base_model.model."
 _PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 _BESIDE = (".lora_magnitude_vector", ".lora_B.bias")
+_MOST = 12  # names in a line
+_ESCAPES = re.compile(r"^\^|\\(?=[^\w\s])")  # of a pattern that is an exact name
 _INNER = re.compile(r"\.(base_layer|modules_to_save|original_module)(?=\.|$)")
 
 
@@ -70,17 +72,20 @@ def inspect(directory: pathlib.Path, *, every: bool, as_json: bool) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(x)}" for key, x in value.items())
+        return _text([f"{re.sub(_ESCAPES, '', str(key))} {_text(x)}" for key, x in value.items()])
     if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
+        alike = collections.Counter(_any_layer(_text(x)) for x in value)
+        named = [_text(x) for x in value] if len(value) <= _MOST else [*alike]
+        more = f", and {len(named) - _MOST} more" if len(named) > _MOST else ""
+        return ", ".join(named[:_MOST]) + more
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _table(rows: list[Row], every: bool) -> str:
     head = ("weight", "kind", "shape", "rank", "scale", "dtype", "parameters", "|A|", "|B|", "|dW|")
-    groups: dict[Any, list[Row]] = collections.OrderedDict()
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
-        name = row.name if every else re.sub(r"(?<![^./])\d+(?![^./])", "*", row.name)
+        name = row.name if every else _any_layer(row.name)
         groups.setdefault((name, *row[1:6]), []).append(row)
     lines = []
     for (name, kind, shape, rank, scale, dtype), alike in groups.items():
@@ -97,6 +102,15 @@ def _table(rows: list[Row], every: bool) -> str:
             )
         )
     return table([head, *lines], right=range(3, 10))
+
+
+def _any_layer(name: str) -> str:
+    """A name with its numbers left open.
+
+    >>> _any_layer("model.layers.12.mlp.w1")
+    'model.layers.*.mlp.w1'
+    """
+    return re.sub(r"(?<![^./])\d+(?![^./])", "*", name)
 
 
 def _range(values: Sequence[float | None]) -> str:
@@ -149,6 +163,8 @@ def _of_peft(directory: pathlib.Path) -> tuple[dict[str, Any], list[Row]]:
 
 def _rows(config: _config.Config, file: str, tensors: dict[str, np.ndarray]) -> list[Row]:
     left = {key.removeprefix(_STEM): x for key, x in tensors.items()}
+    keys = [key.removesuffix(first) for first in _PAIRS for key in left if key.endswith(first)]
+    strength = strengths(config, {name for key in keys for name in _names(config, key)})
     rows = []
     for first, second in _PAIRS.items():
         for key in sorted(key for key in left if key.endswith(first)):
@@ -159,7 +175,8 @@ def _rows(config: _config.Config, file: str, tensors: dict[str, np.ndarray]) -> 
                 )
             pair = left.pop(key), left.pop(name + second)
             extra = [left.pop(name + end, None) for end in _BESIDE]
-            rows.append(_pair(config, f"{file}: {_STEM}{name}", name, *pair, *extra))
+            of = [strength[x] for x in _names(config, name)]
+            rows.append(_pair(config, f"{file}: {_STEM}{name}", name, of, *pair, *extra))
     return rows + [_full(config, key, x) for key, x in sorted(left.items())]
 
 
@@ -176,10 +193,18 @@ def _full(config: _config.Config | None, key: str, x: np.ndarray) -> Row:
     )
 
 
+def _names(config: _config.Config, key: str) -> list[str]:
+    """What the configuration may call a pair: a module, or one of its parameters."""
+    name = _INNER.sub("", key)
+    parameters = [p.rpartition(".") for p in config.parameters]
+    return [f"{name}.{p}" for parent, _, p in parameters if has_tail(name, parent)] or [name]
+
+
 def _pair(
     config: _config.Config,
     where: str,
     key: str,
+    strength: list[tuple[int, float]],
     a: np.ndarray,
     b: np.ndarray,
     magnitude: np.ndarray | None,
@@ -191,15 +216,12 @@ def _pair(
             "rank)."
         )
     name = _INNER.sub("", key)
-    of = [p for p in config.parameters if has_tail(name, p.rpartition(".")[0])]
-    names = [f"{name}.{p.rpartition('.')[2]}" for p in of] or [name]
-    known = {
-        strength for strength in strengths(config, names).values() if a.shape[0] % strength[0] == 0
-    }
-    if not known or (not of and a.shape[0] not in {rank for rank, _ in known}):
+    many = any(has_tail(name, p.rpartition(".")[0]) for p in config.parameters)  # experts in a row
+    known = {(r, s) for r, s in strength if a.shape[0] == r or (many and a.shape[0] % r == 0)}
+    if not known:
         raise AdapterFileError(
             f"{where}: got rank {a.shape[0]} in A, expected that of {_files.CONFIG}, "
-            f"{strengths(config, names)[names[0]][0]}."
+            f"{strength[0][0]}."
         )
     rank, scale = known.pop() if len(known) == 1 else (None, None)  # which parameter's it is
     change = None

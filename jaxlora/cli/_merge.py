@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +13,13 @@ import numpy as np
 import jaxlora
 from jaxlora import _paths, checkpoint, peft
 from jaxlora._errors import CheckpointError, TargetError
-from jaxlora._weight import is_node
-from jaxlora.cli._compare import other_values
+from jaxlora._weight import FullWeight, LoraWeight, is_node
+from jaxlora.cli._base_leaves import frozen_beside, leaf_of, other_values
 from jaxlora.cli._read import check_new, is_peft, lora_without_base, read_names, read_saved
 from jaxlora.cli._shards import Base, open_base, write_base
-from jaxlora.cli._torch_names import read_model_config, torch_names
+from jaxlora.cli._torch_names import Prefix, prefix_of, read_model_config, torch_names
 from jaxlora.peft import _config, _files
-from jaxlora.peft._names import Map
+from jaxlora.peft._names import Map, Place
 
 
 def merge(
@@ -28,6 +28,7 @@ def merge(
     out: pathlib.Path,
     *,
     names: pathlib.Path | None,
+    allow: Sequence[str],
     allow_base_mismatch: bool,
     quiet: bool,
 ) -> str:
@@ -40,36 +41,54 @@ def merge(
         )
     mapping = None if names is None else read_names(names)
     if is_peft(adapter):
-        found = _of_peft(model, adapter) if mapping is None else _mapped(model, adapter, mapping)
+        found = (
+            _of_peft(model, adapter, allow)
+            if mapping is None
+            else _mapped(model, adapter, mapping, allow)
+        )
     elif mapping is not None:
-        found = _renamed(model, adapter, mapping, allow_base_mismatch)
+        found = _renamed(model, adapter, mapping, allow, allow_base_mismatch)
     else:
         found = _of_checkpoint(model, adapter, allow_base_mismatch)
     nodes, added = found.nodes, found.added
     changed = {key: _merged(nodes, key) for key in nodes}
     total = model.nbytes + sum(x.nbytes for x in added.values())
     with _bar(total, quiet) as progress:
-        write_base(model, out, changed, added, progress)
-    count = len(model.tensors) + len(added)
-    more = f", {len(added)} added" if added else ""
-    return f"{out}: {len(changed)} of {count} tensors merged{more}; {total / 1e9:.3f} GB"
+        left = write_base(model, out, changed, added, progress)
+    lines = [
+        f"{out}: {len(changed) + len(added)} of {len(model.tensors) + len(added)} tensors merged; "
+        f"{total:,} bytes"
+    ]
+    if added:
+        lines.append(
+            f"{', '.join(sorted(added))}: added, since the base has none. config.json is the "
+            "base's: give it the architecture and the number of labels that go with them."
+        )
+    if left:
+        lines.append(f"not copied, other weights: {', '.join(left)}")
+    return "\n".join(lines)
 
 
-class _Found(NamedTuple):
+class _Merging(NamedTuple):
     """What an adapter does to a base.
 
     Attributes:
       nodes: {key of the base: node}.
       added: the tensors of modules that the base has not.
-      keys: {what the adapter calls a tensor: what the base calls it}.
+      prefix: how the base calls the tensors of the adapter's model.
     """
 
     nodes: dict[str, Any]
     added: dict[str, np.ndarray]
-    keys: dict[str, str]
+    prefix: Prefix
 
 
-def _of_peft(model: Base, directory: pathlib.Path) -> _Found:
+def _of_peft(
+    model: Base,
+    directory: pathlib.Path,
+    allow: Sequence[str],
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> _Merging:
     """PEFT's adapter: both have PyTorch's names."""
     raw = _files.read_config(directory)
     config = _config.parse(raw, str(directory / _files.CONFIG))
@@ -77,44 +96,76 @@ def _of_peft(model: Base, directory: pathlib.Path) -> _Found:
     shapes = {key: x.shape for key, x in model.tensors.items()}
     settings = read_model_config(model.directory)
     adapter = {key: x.shape for key, x in tensors.items()}
-    names, keys, new = torch_names(config, adapter, shapes, settings)
+    names, keys, new, prefix = torch_names(config, adapter, shapes, settings, model.equal, known)
     leaves = {name: model.tensors[key].leaf() for name, key in keys.items() if name not in new}
     blank = {name: np.broadcast_to(np.float32(0), shape) for name, shape in new.items()}
-    lora = peft.load(directory, {**leaves, **blank}, names)
+    lora = peft.load(directory, {**leaves, **blank}, names, allow=allow)
     nodes = {keys[name]: node for name, node in lora.items() if is_node(node)}
     added = {keys[name]: np.asarray(nodes.pop(keys[name]).value) for name in new}
-    return _Found(nodes, added, keys)
+    return _Merging(nodes, added, prefix)
 
 
-def _mapped(model: Base, directory: pathlib.Path, names: Mapping[str, Any]) -> _Found:
+def _mapped(
+    model: Base, directory: pathlib.Path, names: Mapping[str, Any], allow: Sequence[str]
+) -> _Merging:
     """PEFT's adapter, by a map from the base's keys."""
-    lora = peft.load(directory, model.leaves(), names)
-    return _Found({key: node for key, node in lora.items() if is_node(node)}, {}, {})
+    lora = peft.load(directory, model.leaves(), names, allow=allow)
+    return _Merging({key: node for key, node in lora.items() if is_node(node)}, {}, Prefix())
 
 
-def _renamed(model: Base, directory: pathlib.Path, names: Mapping[str, Any], allow: bool) -> _Found:
+def _renamed(
+    model: Base,
+    directory: pathlib.Path,
+    names: Mapping[str, Any],
+    allow: Sequence[str],
+    allow_base_mismatch: bool,
+) -> _Merging:
     """jaxlora's adapter on a base with PyTorch's names: by way of PEFT's format."""
     saved = read_saved(directory)
     lora = lora_without_base(saved)
     whole = {pattern: _without_tokens(entry) for pattern, entry in names.items()}
+    known = Map(whole, lora, {path: x.roles for path, x in lora.items() if hasattr(x, "roles")})
+    adapted = [path for path, leaf in lora.items() if isinstance(leaf, LoraWeight)]
+    must = [p for p in known.places.values() if p.slot.path in adapted or not adapted]
+    shapes = {key: x.shape for key, x in model.tensors.items()}
+    prefix = prefix_of(str(directory), {f"{p.module}.{p.parameter}" for p in must}, shapes)
+
+    def read(name: str) -> np.ndarray | None:
+        tensor = model.tensors.get(prefix.of(name))
+        return None if tensor is None else tensor.leaf()
+
+    new = {  # a head for another task
+        p.slot.path
+        for p in known.places.values()
+        if isinstance(lora[p.slot.path], FullWeight) and read(f"{p.module}.{p.parameter}") is None
+    }
+    odd = [p for p in other_values(saved.description.base, known, read) if p not in new]
+    if odd and not allow_base_mismatch:
+        raise CheckpointError(
+            f"{directory}: got a base that is not this adapter's. It has other values, or none, "
+            f"at:{_paths.listing(odd)}\nAfter an initializer that moves the base (pissa, olora, "
+            "...) make it one of the original first: jaxlora.rebase(lora, initial, params). To "
+            "merge it all the same: --allow-base-mismatch."
+        )
+    for path in frozen_beside(known, lora):  # PEFT's format holds modules that train as a whole
+        lora[path] = leaf_of(known.slots[path], known, read, lora[path].dtype)
     with tempfile.TemporaryDirectory() as temporary:
         peft.save(temporary, lora, whole)
-        found = _of_peft(model, pathlib.Path(temporary))
-    roles = {path: node.roles for path, node in lora.items() if hasattr(node, "roles")}
-    known = Map(whole, lora, roles)
-    odd = other_values(
-        saved.description.base,
-        saved.description.adapters,
-        known,
-        lambda name: model.tensors[found.keys[name]].leaf(),
-    )
-    if odd and not allow:
-        raise CheckpointError(
-            f"{directory}: got a base that is not this adapter's. It has other values at:"
-            f"{_paths.listing(odd)}\nAfter an initializer that moves the base (pissa, olora, ...) "
-            "make it one of the original first: jaxlora.rebase(lora, initial, params). To merge "
-            "it all the same: --allow-base-mismatch."
-        )
+        entries = {f"{p.module}.{p.parameter}": _entry(p, known) for p in known.places.values()}
+        entries = {name: entry for name, entry in entries.items() if entry["kind"] != "parameter"}
+        return _of_peft(model, pathlib.Path(temporary), allow, entries)
+
+
+def _entry(place: Place, known: Map) -> dict[str, Any]:
+    """Of a map from PyTorch's names to themselves, as a map from ours has it."""
+    kind = place.kind
+    found: dict[str, Any] = {"module": place.module, "kind": kind, "parameter": place.parameter}
+    if place.slot.is_matrix:
+        spatial = "i" * (len(place.slot.inputs) - 1)
+        roles = {"linear": "oi", "conv1d": "io", "embedding": "io", "conv": f"oi{spatial}"}
+        found["roles"] = roles.get(kind, "")
+    if kind == "embedding" and place.slot.entry.tied is not None:
+        found["tied"] = [head for head, slot in known.tied.items() if slot is place.slot]
     return found
 
 
@@ -124,20 +175,25 @@ def _without_tokens(entry: Any) -> Any:
     return {key: value for key, value in entry.items() if key != "tokens"}
 
 
-def _of_checkpoint(model: Base, directory: pathlib.Path, allow: bool) -> _Found:
+def _of_checkpoint(model: Base, directory: pathlib.Path, allow: bool) -> _Merging:
     """jaxlora's adapter, the base's keys being the paths, joined by "/" or by "."."""
     leaves = model.leaves()
     joined = any("/" in key for key in leaves)
     paths = {key: key if joined else key.replace(".", "/") for key in leaves}
     params = {paths[key]: x for key, x in leaves.items()}
+    if not {*params} & {*read_saved(directory).description.adapters}:
+        raise TargetError(
+            f"{directory}: none of its paths is a key of the base, expected the map from them to "
+            "PyTorch's names: --names FILE, the map of jaxlora.peft."
+        )
     try:
         lora = checkpoint.restore(directory, params, allow_base_mismatch=allow)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\nHere: --allow-base-mismatch. If the base has PyTorch's names: --names FILE, "
-            "the map of jaxlora.peft."
+            f"{error}" + ("" if allow else "\nOn the command line: --allow-base-mismatch.")
         ) from None
-    return _Found({key: lora[path] for key, path in paths.items() if is_node(lora[path])}, {}, {})
+    nodes = {key: lora[path] for key, path in paths.items() if is_node(lora[path])}
+    return _Merging(nodes, {}, Prefix())
 
 
 def _merged(nodes: dict[str, Any], key: str) -> Callable[[], np.ndarray]:

@@ -132,6 +132,12 @@ def read_params(path: pathlib.Path) -> dict[str, np.ndarray]:
         leaves = open_base(path).leaves()
         joined = any("/" in key for key in leaves)
         return {key if joined else key.replace(".", "/"): x for key, x in leaves.items()}
+    if any(path.glob("*.safetensors")):
+        raise TargetError(
+            f"{path}: got a directory with safetensors files, which is a PyTorch model's, expected "
+            "the params in JAX, by their paths: a checkpoint of orbax's, or one safetensors file "
+            "whose keys are the paths."
+        )
     return _read_orbax(path)
 
 

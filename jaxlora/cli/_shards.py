@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ class Tensor:
     """Where a tensor lies: bytes [start, stop) of a file."""
 
     file: pathlib.Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -48,7 +50,17 @@ class Tensor:
         return self.dtype in _DTYPES
 
     def leaf(self) -> np.ndarray:
-        """Its values, mapped: read when they are used."""
+        """Its values, mapped: read when they are used.
+
+        Raises:
+          AdapterFileError: it has a dtype that is copied, and not computed with.
+        """
+        if not self.is_known:
+            raise AdapterFileError(
+                f"{self.file}: {self.name}: got dtype {self.dtype} for a tensor that the adapter "
+                "changes, expected one of "
+                f"{', '.join(_DTYPES)}. Merge it into a base of 16 or 32 bits."
+            )
         if not self.stop - self.start:
             return np.zeros(self.shape, _DTYPES[self.dtype])
         mapped = np.memmap(self.file, np.uint8, "r", self.start, (self.stop - self.start,))
@@ -72,13 +84,27 @@ class Base:
     directory: pathlib.Path | None
     index: pathlib.Path | None
 
-    @property
+    @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
         return {key: x for shard in self.shards for key, x in shard.tensors.items()}
 
     @property
     def nbytes(self) -> int:
         return sum(x.stop - x.start for x in self.tensors.values())
+
+    def equal(self, key: str, other: str) -> bool:
+        """Whether two tensors are the same, bit for bit."""
+        x, y = self.tensors[key], self.tensors[other]
+        if (x.dtype, x.shape) != (y.dtype, y.shape):
+            return False
+        with open(x.file, "rb") as f, open(y.file, "rb") as g:
+            f.seek(x.start)
+            g.seek(y.start)
+            for at in range(0, x.stop - x.start, _CHUNK):
+                size = min(_CHUNK, x.stop - x.start - at)
+                if f.read(size) != g.read(size):
+                    return False
+        return True
 
     def leaves(self) -> dict[str, np.ndarray]:
         """The tensors, mapped; but those of dtypes that NumPy has not."""
@@ -102,6 +128,11 @@ def open_base(path: pathlib.Path) -> Base:
     files = [file for file in files if not file.name.startswith("adapter_")]
     if len(indices) > 1 or (not indices and len(files) != 1):
         listed = _paths.listing([file.name for file in [*indices, *files]] or ["none"])
+        if (path / "_METADATA").exists():
+            listed += (
+                "\nIt is a checkpoint of orbax's: merge in Python, jaxlora.merge(lora), or write "
+                "its params to a safetensors file whose keys are the paths."
+            )
         raise AdapterFileError(
             f"{path}: expected one safetensors file, or one index ('*{_INDEX}') of several. Found:"
             f"{listed}"
@@ -123,7 +154,10 @@ def open_base(path: pathlib.Path) -> Base:
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_text())["weight_map"]
+        whole = json.loads(index.read_text())
+        found = whole["weight_map"]
+        if not isinstance(whole.get("metadata", {}), dict):
+            raise TypeError("metadata is no object")
         plain = all(isinstance(x, str) and pathlib.Path(x).name == x for x in found.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"{index}: expected an index of shards: {error!r}.") from None
@@ -149,6 +183,7 @@ def _open(file: pathlib.Path) -> Shard:
     tensors = {
         key: Tensor(
             file,
+            key,
             x["dtype"],
             tuple(x["shape"]),
             *(8 + length + offset for offset in x["data_offsets"]),
@@ -169,7 +204,7 @@ def write_base(
     changed: Mapping[str, Callable[[], np.ndarray]],
     added: Mapping[str, np.ndarray],
     progress: Callable[[int], Any],
-) -> None:
+) -> list[str]:
     """Writes the model anew: what is `changed` from its function, what is `added` last.
 
     All of it is written beside `out` and put there once it is whole.
@@ -180,6 +215,9 @@ def write_base(
       changed: {key: the new values, of the shape and dtype of the old}.
       added: {key: values} of tensors that the base has not.
       progress: told the number of bytes that were written, in steps.
+
+    Returns:
+      The files of the base that were left out: weights in other formats.
 
     Raises:
       TargetError: the disk has no room for it.
@@ -194,6 +232,7 @@ def write_base(
             f"{out}: got {free / 1e9:.2f} GB of room, expected {needed / 1e9:.2f} GB, what the "
             "model takes. Give a path on another disk."
         )
+    left: list[str] = []
     partial = parent / f".{out.name}-{secrets.token_hex(4)}.part"
     try:
         if base.directory is None:
@@ -203,10 +242,11 @@ def write_base(
             for shard in base.shards:
                 more = added if shard is base.shards[-1] else {}
                 _write_shard(shard, partial / shard.file.name, changed, more, progress)
-            _copy_rest(base, partial, added)
+            left = _copy_rest(base, partial, added)
         if out.is_dir():
             out.rmdir()  # which is empty
         os.replace(partial, out)
+        return left
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
@@ -233,6 +273,7 @@ def _write_shard(
                 progress(len(chunk))
         f.flush()
         os.fsync(f.fileno())
+    shutil.copymode(shard.file, out)
 
 
 def _header(shard: Shard, added: Mapping[str, np.ndarray]) -> bytes:
@@ -273,19 +314,30 @@ def _read(f: BinaryIO, size: int, file: pathlib.Path) -> bytes:
     return chunk
 
 
-def _copy_rest(base: Base, out: pathlib.Path, added: Mapping[str, np.ndarray]) -> None:
-    """Configuration, tokenizer and the like; no other weights."""
-    if base.directory is None:
-        return
-    for file in sorted(base.directory.iterdir()):
-        weights = file.suffix in _NOT_COPIED or file.name.startswith("adapter_")
-        if file.is_file() and not weights and file != base.index:
-            shutil.copyfile(file, out / file.name)
+def _copy_rest(base: Base, out: pathlib.Path, added: Mapping[str, np.ndarray]) -> list[str]:
+    """Configuration, tokenizer and the like; the names of what is not copied, other weights."""
+    root = base.directory
+    assert root is not None
+    left: list[str] = []
+    written = {shard.file for shard in base.shards} | {base.index}
+    for at, folders, files in os.walk(root):
+        here = pathlib.Path(at)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in sorted(here / name for name in files):
+            name = file.relative_to(root)
+            if file in written or not file.is_file():
+                continue
+            if file.suffix in _NOT_COPIED or file.name.startswith("adapter_"):
+                left.append(str(name))
+                continue
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, out / name)
     if base.index is not None:
         index = json.loads(base.index.read_text())
         index["weight_map"] |= dict.fromkeys(added, base.shards[-1].file.name)
         metadata = index.setdefault("metadata", {})
         metadata["total_size"] = base.nbytes + sum(x.nbytes for x in added.values())
-        if "total_parameters" in metadata:
+        if isinstance(metadata.get("total_parameters"), int):
             metadata["total_parameters"] += sum(math.prod(x.shape) for x in added.values())
         (out / base.index.name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return left

@@ -15,7 +15,7 @@ from jaxlora._matrix import factors_from_matrix
 from jaxlora._svd_initializers import olora, pissa
 from jaxlora._target import Target
 from jaxlora._weight import LoraWeight
-from jaxlora.peft._config import is_within
+from jaxlora.peft._config import is_saved
 from jaxlora.peft._layouts import Factors, from_tensors, keys, shapes, side_by_side
 from jaxlora.peft._names import Place, Slot
 from jaxlora.peft._reading import PREFIX, Reading, matrices
@@ -55,8 +55,11 @@ def _factors(r: Reading, place: Place) -> Factors:
     why = f"{place.name} is a target of rank {rank}, of {place.slot.path}"
     wanted = ["A", "B", "magnitude"] if r.config.dora else ["A", "B"]
     found = {x: r.tensors.take(key[x], shape[x], why) for x in wanted}
-    if place.kind == "embedding":
+    if place.kind != "parameter":  # PEFT copies the base's beside adapters of embeddings and heads
         r.check_base(place, f"{PREFIX}{place.module}.base_layer.weight")
+        bias = r.names.places.get((place.module, "bias"))
+        if bias is not None and r.config.bias == "none":
+            r.check_base(bias, f"{PREFIX}{place.module}.base_layer.bias")
     return from_tensors(place, rank, scale, found)
 
 
@@ -146,17 +149,23 @@ def _check_tied(r: Reading) -> None:
     """A tied table is one leaf here: an adapter of the lookup alone would change the head."""
     for head, slot in r.names.tied.items():
         table = next(iter(slot.modules.flat))
-        saved = any(is_within(table, name) for name in r.config.saved)
-        if not (table in r.targets or head in r.tied_targets or saved):
+        saved = any(is_saved(table, name) for name in r.config.saved)
+        saved_head = any(is_saved(head, name) for name in r.config.saved)
+        if not (table in r.targets or head in r.tied_targets or saved or saved_head):
+            for copy in (".weight", ".base_layer.weight"):  # PEFT's save_embedding_layers
+                r.check_base(r.names.places[table, "weight"], PREFIX + head + copy)
             continue
-        if not r.config.tying and TYING not in r.allow:
+        # PEFT ties "embed_tokens" and "lm_head" alone: else it warns, and adapts one of the two.
+        both = r.config.tying and r.tensors.has_any_of(head) and r.tensors.has_any_of(table)
+        if not both and TYING not in r.allow:
+            why = f"{TYING} is not set" if not r.config.tying else "the file has one of two"
             raise AdapterFileError(
-                f"{r.config.file}: {TYING} is not set, and {table} is trained, which "
-                f"here is one leaf with {head} ({slot.path}), expected an adapter of both. To take "
-                f"it as one of both, which is another model: "
-                f"peft.load(..., allow=[{TYING!r}])."
+                f"{r.config.file}: {why}, and {table} or {head} is trained, which here are one "
+                f"leaf ({slot.path}), expected an adapter of both. To take one of the lookup as "
+                f"one of both, which is another model: allow {TYING!r} "
+                f"(peft.load(..., allow=[{TYING!r}]))."
             )
-        if r.config.tying:
+        if both:
             _check_tied_keys(r, head, table, saved)
 
 

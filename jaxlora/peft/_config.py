@@ -254,15 +254,35 @@ def is_within(name: str, outer: str) -> bool:
     return f".{outer}." in f".{name}."
 
 
-def selected(config: Config, modules: Iterable[str], parameters: Iterable[str]) -> set[str]:
+def is_saved(module: str, saved: str) -> bool:
+    """Whether an entry of modules_to_save means this module, or one that it is in.
+
+    PEFT compares the ends of names as they are: "norm" means every "post_attention_layernorm" too.
+    """
+    parts = module.split(".")
+    return any(".".join(parts[: k + 1]).endswith(saved) for k in range(len(parts)))
+
+
+def selected(
+    config: Config, modules: Iterable[str], parameters: Iterable[str], present: Iterable[str]
+) -> set[str]:
     """The modules, and parameters, that the configuration targets, by PEFT's rules.
+
+    A name among the targets that no module has is passed over, as PEFT does, if the file has
+    nothing of it either.
+
+    Args:
+      config: the adapter's.
+      modules: those of the map.
+      parameters: those of the map.
+      present: the modules of which the file has tensors.
 
     Raises:
       AdapterFileError: an entry of the targets that leads to no known one.
     """
-    modules, parameters = list(modules), list(parameters)
-    found = _targets(config, "target_modules", config.targets or (), modules)
-    out = _targets(config, "exclude_modules", config.excluded, modules, must=False)
+    modules, parameters, present = list(modules), list(parameters), list(present)
+    found = _targets(config, "target_modules", config.targets or (), modules, present)
+    out = _targets(config, "exclude_modules", config.excluded, modules, None)
     found = {m for m in found - out if not any(is_within(m, saved) for saved in config.saved)}
     if config.layers is not None:
         of = {m: _layer(config, m) for m in found}
@@ -273,7 +293,7 @@ def selected(config: Config, modules: Iterable[str], parameters: Iterable[str]) 
                 f"{config.file}: layers_to_transform: {sorted(missing)[0]} is the layer of no "
                 "target that the map leads to, expected a layer of the model."
             )
-    return found | _targets(config, "target_parameters", config.parameters, parameters)
+    return found | _targets(config, "target_parameters", config.parameters, parameters, present)
 
 
 def _targets(
@@ -281,23 +301,32 @@ def _targets(
     field: str,
     wanted: str | tuple[str, ...],
     among: list[str],
-    must: bool = True,
+    present: list[str] | None,
 ) -> set[str]:
+    """Those among some names; `present` is None where none need be there."""
     if isinstance(wanted, str):
         found = guarded(config, field, lambda: Texts(among).full(wanted))
-        if not found and must:
+        if not found and present is not None:
             raise _unknown(config, field, wanted, among)
         return found
-    tails: dict[str, set[str]] = {}
-    for name in among:
+    tails = _tails(among)
+    found = {module for name in wanted for module in tails.get(name, ())}
+    if present is not None:
+        # Of a parameter the file has its module's name alone, so that none may be passed over.
+        there = _tails(present) if field == "target_modules" else wanted
+        for name in wanted:
+            if name not in tails and (name in there or not found):
+                raise _unknown(config, field, name, among)
+    return found
+
+
+def _tails(names: Iterable[str]) -> dict[str, set[str]]:
+    """The names that end with each run of segments."""
+    found: dict[str, set[str]] = {}
+    for name in names:
         parts = name.split(".")
         for k in range(len(parts)):
-            tails.setdefault(".".join(parts[k:]), set()).add(name)
-    found = set()
-    for name in wanted:
-        if name not in tails and must:
-            raise _unknown(config, field, name, among)
-        found |= tails.get(name, set())
+            found.setdefault(".".join(parts[k:]), set()).add(name)
     return found
 
 

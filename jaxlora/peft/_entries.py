@@ -19,10 +19,11 @@ _FIELDS = {
     "roles": "as in LoraConfig(roles=...)",
     "sizes": "the outputs of each module of a list",
     "part": "which part, from 0, of the outputs of a fused module this is",
+    "interleaved": "of a part: in how many groups their module deals out the outputs of its parts",
     "order": "the dims of a convolution, for instance 'HWIO'",
     "parameter": "the name of the parameter, 'weight' or 'bias' if not given",
     "swap": "of kind 'parameter': PEFT's A acts on our outputs",
-    "tied": "modules that share an embedding's weight, for instance 'lm_head'",
+    "tied": "modules that share an embedding's weight, 'lm_head' for instance; [] if none does",
     "tokens": "of an embedding trained in full: the rows that train",
     "groups": "of a convolution",
 }
@@ -40,9 +41,10 @@ class Entry:
     roles: str | None = None
     sizes: tuple[int, ...] | None = None
     part: int | None = None
+    interleaved: int = 1
     order: str | None = None
     swap: bool = False
-    tied: tuple[str, ...] = ()
+    tied: tuple[str, ...] | None = None  # not said
     tokens: tuple[int, ...] | None = None
 
 
@@ -82,6 +84,8 @@ def _entry(pattern: str, value: Any) -> Entry:
     if not modules or not all(isinstance(m, str) and m for m in modules):
         raise wrong("module", _FIELDS["module"])
     kind = given.get("kind", "linear")
+    if kind != "parameter" and any(m.endswith((".weight", ".bias")) for m in modules):
+        raise wrong("module", "a module's name, without the parameter's ('.weight')")
     if kind not in MATRICES + VECTORS:
         raise wrong("kind", _FIELDS["kind"])
     parameter = given.get("parameter", "bias" if kind == "bias" else "weight")
@@ -94,14 +98,17 @@ def _entry(pattern: str, value: Any) -> Entry:
         modules = (stem,)
     sizes, part, order = given.get("sizes"), given.get("part"), given.get("order")
     if sizes is not None and not (
-        fused and len(sizes) == len(modules) and all(isinstance(n, int) and n > 0 for n in sizes)
+        fused and _is_list(sizes) and len(sizes) == len(modules) and all(map(_is_count, sizes))
     ):
         raise wrong("sizes", "one positive number for each module of the list")
     if part is not None and (fused or not isinstance(part, int) or kind in ("embedding", "conv")):
         raise wrong("part", _FIELDS["part"] + ", of a linear layer or a bias")
+    interleaved = given.get("interleaved", 1)
+    if "interleaved" in given and (part is None or not _is_count(interleaved)):
+        raise wrong("interleaved", "a positive number, of a leaf that is a 'part', 0, 1, ...")
     if fused and kind in ("embedding", "conv"):
         raise wrong("module", f"a single one of kind {kind!r}")
-    if order is not None and kind != "conv":
+    if order is not None and (kind != "conv" or not isinstance(order, str)):
         raise wrong("order", "it of kind 'conv' alone")
     if given.get("groups", 1) != 1:
         raise wrong(
@@ -111,15 +118,18 @@ def _entry(pattern: str, value: Any) -> Entry:
         )
     if given.get("swap", False) not in (True, False) or ("swap" in given and kind != "parameter"):
         raise wrong("swap", "a bool, of kind 'parameter' alone")
-    tied = given.get("tied", ())
-    tied = (tied,) if isinstance(tied, str) else (*tied,)
+    tied = given.get("tied")
+    tied = (tied,) if isinstance(tied, str) else () if tied is None else tied
+    if not _is_list(tied) or not all(isinstance(x, str) and x for x in tied):
+        raise wrong("tied", "names of modules")
     if tied and kind != "embedding":
         raise wrong("tied", "it of kind 'embedding' alone")
     tokens = given.get("tokens")
     if tokens is not None and not (
         kind == "embedding"
+        and _is_list(tokens)
+        and all(_is_count(t) or t == 0 for t in tokens)
         and len(tokens) == len({*tokens}) > 0
-        and all(isinstance(t, int) and t >= 0 for t in tokens)
     ):
         raise wrong("tokens", "different rows, of kind 'embedding' alone")
     return Entry(
@@ -131,8 +141,17 @@ def _entry(pattern: str, value: Any) -> Entry:
         roles=given.get("roles"),
         sizes=None if sizes is None else (*sizes,),
         part=part,
+        interleaved=int(interleaved),
         order=order,
         swap=bool(given.get("swap", False)),
-        tied=tied,
+        tied=(*tied,) if "tied" in given else None,
         tokens=None if tokens is None else (*tokens,),
     )
+
+
+def _is_list(x: Any) -> bool:
+    return isinstance(x, list | tuple)
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0

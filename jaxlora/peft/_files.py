@@ -44,7 +44,7 @@ def safetensors_module() -> Any:
 
 def adapter_directory(directory: Any, adapter: str | None) -> pathlib.Path:
     """The directory of an adapter: the given one, or that of a name within it."""
-    root = pathlib.Path(directory)
+    root = pathlib.Path(directory).expanduser()
     if adapter is None:
         return root
     plain = isinstance(adapter, str) and adapter not in ("", ".", "..")
@@ -131,6 +131,11 @@ def _missing(directory: pathlib.Path) -> str:
             f"The directory holds adapters in subfolders, {names}: "
             f"peft.load(directory, params, names, adapter={found[0]!r})."
         )
+    if any(directory.glob("**/jaxlora.json.gz")):
+        return (
+            "These are checkpoints of jaxlora: jaxlora.checkpoint.restore(path, params), or "
+            "python -m jaxlora convert."
+        )
     return "Expected a directory that PEFT's save_pretrained or jaxlora.peft.save wrote."
 
 
@@ -196,6 +201,8 @@ def write_adapter(
     never new weights with an old configuration.
     """
     safetensors = safetensors_module()
+    for key, x in tensors.items():
+        check_finite(x, f"{directory / WEIGHTS}: {key}")
     weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     final = [directory / CONFIG, directory / WEIGHTS]

@@ -12,8 +12,14 @@ from jaxlora._errors import AdapterFileError
 from jaxlora._matrix import to_matrix
 from jaxlora._quantized import dense
 from jaxlora._weight import FullWeight
-from jaxlora.peft._config import has_tail, is_within, optional_heads
-from jaxlora.peft._layouts import check_kind_in_full, from_parameter, keys, parameter_shape
+from jaxlora.peft._config import has_tail, is_saved, optional_heads
+from jaxlora.peft._layouts import (
+    check_kind_in_full,
+    from_parameter,
+    keys,
+    parameter_shape,
+    to_parameter,
+)
 from jaxlora.peft._names import Place, Slot
 from jaxlora.peft._reading import PREFIX, Reading, matrices, vectors, whole
 
@@ -52,7 +58,7 @@ def _saved(r: Reading) -> dict[tuple[str, str], np.ndarray]:
     """The parameters of modules_to_save."""
     values, hit = {}, set()
     for at, place in r.names.places.items():
-        by = [n for n in r.config.saved if is_within(place.module, n)]
+        by = [n for n in r.config.saved if is_saved(place.module, n)]
         if not by:
             continue
         hit.update(by)
@@ -70,6 +76,7 @@ def _saved(r: Reading) -> dict[tuple[str, str], np.ndarray]:
         base = f"{stem}.original_module.{place.parameter}"
         if base in r.tensors:
             r.tensors.take(base, shape, why)  # the base's, which PEFT does not use
+    hit |= {n for head in r.names.tied for n in r.config.saved if is_saved(head, n)}
     missing = [n for n in r.config.saved if n not in hit]
     if hit:
         missing = [n for n in missing if n not in optional_heads(missing)]
@@ -86,7 +93,7 @@ def _biases(r: Reading) -> dict[tuple[str, str], np.ndarray]:
     if r.config.bias == "none":
         return values
     for at, place in r.names.places.items():
-        if place.kind != "bias" or any(is_within(place.module, n) for n in r.config.saved):
+        if place.kind != "bias" or any(is_saved(place.module, n) for n in r.config.saved):
             continue
         target = place.module in r.targets
         if not target and r.config.bias == "lora_only":
@@ -129,7 +136,7 @@ def _base_vector(r: Reading, place: Place) -> np.ndarray:
     for p in place.pieces:
         table = vectors(p.slot, np.asarray(dense(r.leaves[p.slot.path])))
         found.append(table[p.index][p.start : p.stop])
-    return np.concatenate(found)
+    return to_parameter(place, np.concatenate(found))
 
 
 def _full(
@@ -146,7 +153,7 @@ def _full(
         if at not in values:
             continue
         place = r.names.places[at]
-        found = from_parameter(place, values[at]) if slot.is_matrix else values[at]
+        found = from_parameter(place, values[at])
         table = table.astype(np.result_type(table, found))
         for p in place.pieces:
             if p.slot is slot:

@@ -45,8 +45,13 @@ class Factors(NamedTuple):
         scale = np.float32(scale)
         if scale == self.scale:
             return self
-        b = self.b.astype(np.float64) * (np.float64(self.scale) / np.float64(scale))
-        return self._replace(b=b.astype(self.b.dtype), scale=scale)
+        wide = self.b.astype(np.float64) * (np.float64(self.scale) / np.float64(scale))
+        with np.errstate(over="ignore"):
+            b = wide.astype(self.b.dtype)
+        if self.b.dtype.itemsize == 2:  # which may not have the range
+            close = np.abs(b.astype(np.float64) - wide) <= 2.0**-8 * np.abs(wide)
+            b = b if close.all() else wide.astype(np.float32)
+        return self._replace(b=b, scale=scale)
 
     def padded(self, rank: int) -> Factors:
         """The same change at a larger rank, the rest of it zeros."""
@@ -139,6 +144,7 @@ def to_tensors(place: Place, factors: Factors) -> dict[str, np.ndarray]:
     """PEFT's A, B and magnitude."""
     slot = place.slot
     shape = shapes(place, factors.rank)
+    factors = factors._replace(b=_theirs(place, factors.b))
     a, b = np.swapaxes(factors.a, -1, -2), np.swapaxes(factors.b, -1, -2)  # (E, R, I), (E, O, R)
     if place.kind == "conv":
         a = np.moveaxis(a.reshape(factors.rank, *slot.inputs), 1 + slot.channel, 1)
@@ -148,7 +154,7 @@ def to_tensors(place: Place, factors: Factors) -> dict[str, np.ndarray]:
         b = np.moveaxis(b, 0, -1)  # (O, R, E): PEFT has the rank before the expert in B's columns
     found = {"A": a.reshape(shape["A"]), "B": b.reshape(shape["B"])}
     if factors.magnitude is not None:
-        found["magnitude"] = factors.magnitude.reshape(shape["magnitude"])
+        found["magnitude"] = _theirs(place, factors.magnitude).reshape(shape["magnitude"])
     return {name: np.ascontiguousarray(x) for name, x in found.items()}
 
 
@@ -168,10 +174,20 @@ def from_tensors(place: Place, rank: int, scale: float, found: dict[str, np.ndar
     magnitude = found.get("magnitude")
     return Factors(
         np.swapaxes(a, -1, -2),
-        np.swapaxes(b, -1, -2),
+        _ours(place, np.swapaxes(b, -1, -2)),
         np.float32(scale),
-        None if magnitude is None else magnitude.reshape(-1),
+        None if magnitude is None else _ours(place, magnitude.reshape(-1)),
     )
+
+
+def _theirs(place: Place, x: np.ndarray) -> np.ndarray:
+    """Outputs, the last axis, in the order of their module."""
+    return x if place.order is None else x[..., place.order]
+
+
+def _ours(place: Place, x: np.ndarray) -> np.ndarray:
+    """The inverse: our parts end to end."""
+    return x if place.order is None else x[..., np.argsort(place.order)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,6 +210,7 @@ def parameter_shape(place: Place) -> tuple[int, ...]:
 def to_parameter(place: Place, matrix: np.ndarray) -> np.ndarray:
     """(I, O), or a vector (O,), as PyTorch has it."""
     slot = place.slot
+    matrix = _theirs(place, matrix)
     if place.kind == "conv":
         whole = matrix.T.reshape(place.outputs, *slot.inputs)
         found = np.moveaxis(whole, 1 + slot.channel, 1)
@@ -210,8 +227,8 @@ def from_parameter(place: Place, found: np.ndarray) -> np.ndarray:
     if place.kind == "conv":
         return np.moveaxis(found, 1, 1 + slot.channel).reshape(place.outputs, -1).T
     if place.kind in ("conv1d", "embedding") or not slot.is_matrix:
-        return found
-    return found.T
+        return _ours(place, found)
+    return _ours(place, found.T)
 
 
 def check_kind_in_full(place: Place, what: str) -> None:

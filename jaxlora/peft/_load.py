@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlora._errors import AdapterFileError, TargetError
 from jaxlora.peft._adapters import TYING, adapters
-from jaxlora.peft._config import Config
+from jaxlora.peft._config import Config, is_saved
 from jaxlora.peft._full import full_weights
 from jaxlora.peft._names import Map
 from jaxlora.peft._reading import Reading, Tensors
@@ -25,7 +25,7 @@ def load_tree(
 ) -> list[Any]:
     """The leaves of the tree, in the order of `pairs`."""
     r = Reading(config, Tensors(file, tensors), dict(pairs), names, allow)
-    if not r.targets and not config.saved and config.tokens is None:
+    if not (r.targets or r.tied_targets) and not config.saved and config.tokens is None:
         raise AdapterFileError(
             f"{config.file}: got neither target_modules nor anything else that trains, expected "
             "an adapter."
@@ -38,6 +38,10 @@ def load_tree(
             "trainable_token_indices), expected one of them. Both cannot be represented here."
         )
     r.tensors.done(names)
+    for path in {**adapted, **full}:  # but for trainable tokens, which PEFT ties by itself
+        table = str(next(iter(names.slots[path].modules.flat)))
+        if path in adapted or any(is_saved(table, name) for name in config.saved):
+            names.check_tied(path)
     nodes = {**adapted, **full}
     return [nodes.get(path, leaf) for path, leaf in pairs]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -104,16 +106,31 @@ class Place:
     def outputs(self) -> int:
         return sum(p.stop - p.start for p in self.pieces)
 
+    @functools.cached_property
+    def order(self) -> np.ndarray | None:
+        """For each output of theirs which of ours it is, our parts end to end; None: the same.
+
+        GPT-NeoX has query, key and value of the first head, then of the second, and so on.
+        """
+        groups = self.slot.entry.interleaved
+        if groups == 1:
+            return None
+        parts = [np.arange(p.at, p.at + p.stop - p.start).reshape(groups, -1) for p in self.pieces]
+        return np.concatenate(parts, axis=1).reshape(-1)
+
 
 class Map:
     """The slots and places of some params."""
 
     def __init__(self, names: Names, leaves: Mapping[str, Any], roles: Mapping[str, str] | None):
-        listed = entries(names)
         found: dict[str, tuple[Entry, re.Match]] = {}
-        for entry in listed:
+        literal: dict[str, list[str]] = {}  # so that a map of n plain paths takes n steps, not n^2
+        for path in leaves:
+            for name in {path, _paths.short(path)}:
+                literal.setdefault(re.escape(name), []).append(path)
+        for entry in entries(names):
             matched = False
-            for path in leaves:
+            for path in literal.get(entry.pattern, leaves):
                 match = _match(entry.pattern, path)
                 if match is None:
                     continue
@@ -130,21 +147,43 @@ class Map:
                     f"names: {entry.pattern!r} matches nothing, expected a regex of the whole path "
                     f"of a leaf. Of the {len(leaves)} paths, the nearest are:{near}"
                 )
-        ordered = sorted(found, key=lambda path: listed.index(found[path][0]))
         for path in found:
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
                 raise TargetError(
                     f"names: {found[path][0].pattern!r} matches {path}, of dtype "
                     f"{leaves[path].dtype}, expected floating-point leaves alone."
                 )
-        self.slots = {p: _slot(p, tuple(leaves[p].shape), *found[p], roles) for p in ordered}
+        self.slots = {
+            path: _slot(path, tuple(leaves[path].shape), entry, match, roles)
+            for path, (entry, match) in found.items()
+        }
         self.places = _places(self.slots)
+        self._shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         self.tied = {
             filled: slot
             for slot in self.slots.values()
-            for template in slot.entry.tied
+            for template in slot.entry.tied or ()
             for filled in [_fill(template, found[slot.path][1], (), slot.path)]
         }
+
+    def check_tied(self, path: str) -> None:
+        """Raises unless it is known whether a table that trains is the model's head too.
+
+        PEFT adapts lookup and head by themselves. Where a head has a leaf of its own, of the
+        table's size, they are not tied; where none has, the map has to say it.
+        """
+        slot = self.slots[path]
+        entry = slot.entry
+        if entry.kind != "embedding" or entry.tied is not None or entry.tokens is not None:
+            return
+        size = math.prod(slot.inputs)
+        if any(size in shape for other, shape in self._shapes.items() if other != path):
+            return
+        raise TargetError(
+            f"{path}: trains, and no other leaf has the {size:,} rows of this table, so that it "
+            "may be the model's head too. PEFT adapts lookup and head by themselves: say which "
+            f"module shares it, names[{entry.pattern!r}]['tied'] = 'lm_head', or [] if none does."
+        )
 
     def entry_hint(self) -> str:
         return f"The map leads to:{_paths.listing(sorted({p.name for p in self.places.values()}))}"
@@ -158,6 +197,11 @@ def plain_leaves(params: Any, who: str) -> tuple[list[tuple[str, Any]], Any]:
             raise TargetError(
                 f"{path}: got a {type(leaf).__name__}, expected plain params. Start from the base: "
                 f"{who}(directory, jaxlora.base_params(lora), names)."
+            )
+        if isinstance(leaf, jax.core.Tracer):
+            raise TargetError(
+                f"{path}: got a traced array, expected one with values: {who} reads files, outside "
+                "of jax.jit."
             )
     return pairs, treedef
 
@@ -195,6 +239,11 @@ def _fill(template: str, match: re.Match, index: tuple[int, ...], path: str) -> 
         return str(left.pop(0))
 
     name = re.sub(r"\{(\d*)\}", one, template)
+    if not all(name.split(".")) or re.search(r"[/\\\0\s]", name):
+        raise TargetError(
+            f"{path}: got {name!r} for a module, expected a name as in named_modules(): segments "
+            "joined by single dots, without slashes and spaces."
+        )
     if left:
         raise TargetError(
             f"{path}: got {len(index) - len(left)} {{}} in {template!r}, expected {len(index)}: "
@@ -261,8 +310,8 @@ def _roles(path: str, shape: tuple[int, ...], entry: Entry, given: Mapping[str, 
     if found is None:
         raise RolesError(
             f"{path}: got no roles for shape {shape}, expected one letter for each dimension: s "
-            "stacked, i input, o output. Read them from the model, peft.load(..., "
-            "roles=jaxlora.trace_roles(fn, params, *args)), or say them: "
+            "stacked, i input, o output. Read them from the model, "
+            "roles=jaxlora.trace_roles(fn, params, *args), or say them: "
             f"names[{entry.pattern!r}] = {{'module': {entry.modules[0]!r}, 'roles': '...'}}."
         )
     check_roles(found, shape, path)
@@ -322,6 +371,13 @@ def _places(slots: Mapping[str, Slot]) -> dict[tuple[str, str], Place]:
         if len({p.slot.inputs for p in pieces}) > 1 or len({p.slot.entry.kind for p in pieces}) > 1:
             raise TargetError(
                 f"names: the parts of {module} have other inputs or kinds, expected the same."
+            )
+        dealt = {p.slot.entry.interleaved for p in pieces}
+        if len(dealt) > 1 or any((p.stop - p.start) % max(dealt) for p in pieces):
+            sizes = ", ".join(str(p.stop - p.start) for p in pieces)
+            raise TargetError(
+                f"names: {module}: got 'interleaved' {sorted(dealt)} for parts of {sizes} outputs, "
+                "expected the same number for all, one that divides each."
             )
         places[module, parameter] = Place(module=module, parameter=parameter, pieces=tuple(pieces))
     return places

@@ -30,6 +30,14 @@ class Tensors:
     def __contains__(self, key: str) -> bool:
         return key in self.all
 
+    def modules(self) -> set[str]:
+        """The modules of which there is anything."""
+        return {key.removeprefix(PREFIX).partition(".lora_")[0] for key in self.all}
+
+    def has_any_of(self, module: str) -> bool:
+        """Whether there is anything of a module."""
+        return any(key.startswith(f"{PREFIX}{module}.") for key in self.all)
+
     def take(self, key: str, shape: tuple[int, ...], why: str) -> np.ndarray:
         """The tensor of a key, of that shape."""
         if key not in self.all:
@@ -50,11 +58,20 @@ class Tensors:
     def done(self, known: Map) -> None:
         """Raises if a tensor was not used."""
         if self._left:
+            whole = all(
+                key.endswith((".weight", ".bias")) and ".lora_" not in key for key in self._left
+            )
+            hint = (
+                " These are whole weights; if they are copies of the base's, as PEFT's "
+                "save_embedding_layers makes them, entries of `names` let them be compared."
+                if whole
+                else ""
+            )
             first = ", ".join([key[:200] for key in self._left][:5])
             raise AdapterFileError(
                 f"{self.file}: {first}: not used by any module of the map "
                 f"and the configuration ({len(self._left)} such keys), expected every key to be "
-                f"used. {known.entry_hint()}"
+                f"used.{hint} {known.entry_hint()}"
             )
 
 
@@ -85,7 +102,7 @@ class Reading:
         weights = [p for p in names.places.values() if p.slot.is_matrix and p.adaptable]
         modules = [p.name for p in weights if p.kind != "parameter"]
         parameters = [p.name for p in weights if p.kind == "parameter"]
-        chosen = selected(config, [*modules, *names.tied], parameters)
+        chosen = selected(config, [*modules, *names.tied], parameters, tensors.modules())
         self.targets = {p.name: p for p in weights if p.name in chosen}
         self.tied_targets = chosen & {*names.tied}
         self.strengths = strengths(config, self.targets)

@@ -52,6 +52,7 @@ def save_tree(
                 f"that trains to have one. {names.entry_hint()}"
             )
         _check_node(path, node, slot)
+        names.check_tied(path)
     saver = _Saver(leaves, nodes, names, for_serving)
     return saver.config, saver.tensors
 
@@ -200,7 +201,7 @@ class _Saver:
                 raise refused(
                     f"DoRA ({place.name})",
                     "Give the nearest plain adapter: jaxlora.extract(base, jaxlora.merge(lora), "
-                    "config).",
+                    "config, roles=roles).",
                 )
             if place.kind in ("conv", "parameter"):
                 raise refused(f"{place.name}, of kind {place.kind!r}", "Leave it out.")
@@ -234,7 +235,14 @@ class _Saver:
         return len(siblings) - 1 - siblings.index(place.parameter)
 
     def _heads(self, place: Place) -> list[str]:
-        return [head for head, slot in self.names.tied.items() if slot is place.slot]
+        heads = [head for head, slot in self.names.tied.items() if slot is place.slot]
+        if heads and place.module.rpartition(".")[2] == "shared":
+            raise TargetError(
+                f"{place.slot.path}: a table that {place.module} shares with encoder, decoder and "
+                f"{heads[0]}, of which PEFT would adapt one alone. Merge it into the base, "
+                "jaxlora.merge, or leave it out."
+            )
+        return heads
 
     def _dropout(self) -> float:
         rates = {node.dropout for node in self.nodes.values() if isinstance(node, LoraWeight)}
@@ -247,13 +255,13 @@ class _Saver:
 
     def _targets(self) -> dict[str, Any]:
         places = [self.names.places[at] for at in self.adapted]
-        modules = sorted(p.name for p in places if p.kind != "parameter")
+        modules = [p.name for p in places if p.kind != "parameter"]
         parameters = [p.name for p in places if p.kind == "parameter"]
-        tied = any(self._heads(p) for p in places)
+        heads = [head for p in places for head in self._heads(p)]  # which PEFT ties if it is named
         return {
-            "target_modules": modules,
+            "target_modules": sorted(modules + heads),
             "target_parameters": parameters or None,
-            "ensure_weight_tying": tied,
+            "ensure_weight_tying": bool(heads),
         }
 
     # ----------------------------------------------------------------------------------------------
@@ -285,7 +293,7 @@ class _Saver:
                 tied.append(head)
                 self.tensors[f"{_PREFIX}{head}.weight"] = _copy(self._value(place))
         found: dict[str, Any] = {
-            "modules_to_save": sorted(saved) or None,
+            "modules_to_save": sorted({*saved, *tied}) or None,
             "bias": self._bias(biases, saved),
         }
         if tied:

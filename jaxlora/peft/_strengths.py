@@ -39,9 +39,11 @@ def _by_pattern(
     if not patterns:
         return {}
     texts = Texts(modules)
+    exactly = {exact(module): module for module in modules}  # which are many, and need no regex
     found: dict[str, tuple[str, Any]] = {}
     for key, value in patterns.items():
-        for module in guarded(config, field, functools.partial(texts.tail, key)):
+        fits = functools.partial(texts.tail, key)
+        for module in [exactly[key]] if key in exactly else guarded(config, field, fits):
             if module in found and found[module][1] != value:
                 raise AdapterFileError(
                     f"{config.file}: {field}: {found[module][0][:200]!r} and {key[:200]!r} both "
