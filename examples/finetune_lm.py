@@ -95,8 +95,7 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
         dropout=settings.dropout,
         targets=settings.targets.split(","),
     )
-    init = jax.jit(lambda params, key: jaxlora.init(key, params, config, roles=llama.ROLES))
-    lora = init(params, jax.random.key(settings.seed))
+    lora = jaxlora.init(jax.random.key(settings.seed), params, config, roles=llama.ROLES)
     print(jaxlora.summary(lora))
     trainable, frozen = jaxlora.partition(lora)
     del lora  # its factors are donated to the first step
