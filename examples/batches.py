@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,14 @@ class Batch(NamedTuple):
     labels: np.ndarray
     weights: np.ndarray
     segment_ids: np.ndarray
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A hash of all tokens and masks: whether a resumed run has the data that it began with."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(np.stack([example.tokens, example.mask]).astype(np.int64).tobytes() + b";")
+    return found.hexdigest()[:16]
 
 
 def shortened(examples: Sequence[Example], length: int) -> tuple[list[Example], int, int]:

@@ -106,8 +106,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     prepare(args.out, args.resume, args.overwrite)
     checkpoints = training.Checkpoints(args.out / "checkpoints")
     done = checkpoints.latest() if args.resume else None
+    notes = {"settings": dataclasses.asdict(settings), "data": batches.digest(train_set)}
     if done is not None:
-        check_same(settings, checkpoints.notes(done))
+        check_same(notes, checkpoints.notes(done))
         state = checkpoints.restore(done, state, params, iterator)
         print(f"resumed after step {done} of {len(data)}")
     log = RunLog(args.out / "log.jsonl", done, args.tensorboard)
@@ -115,14 +116,13 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
 
     if done is None:
         heading("2. Before")
-        log("start", 0, settings=dataclasses.asdict(settings), steps=len(data))
+        log("start", 0, **notes, steps=len(data))
         log("eval", 0, **measure(params))
         report(log.of("eval")[-1])
 
     per_step = f"{settings.batch * settings.accumulate} x {length} tokens"
     heading(f"3. Training: {len(data)} steps of {per_step}")
     step = training.make_step(model, tx, seed=settings.seed, dropout=settings.dropout > 0)
-    notes = {"settings": dataclasses.asdict(settings)}
     with Terminated() as terminated:
         for now in train(step, state, frozen, iterator, len(data), rate, log, args):
             state, at = now.state, now.step
@@ -300,8 +300,8 @@ def prepare(out: Path, resume: bool, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def check_same(settings: Settings, notes: dict[str, Any]) -> None:
-    now, before = dataclasses.asdict(settings), notes["settings"]
+def check_same(notes: dict[str, Any], begun: dict[str, Any]) -> None:
+    now, before = ({**x["settings"], "rows' tokens": x["data"]} for x in (notes, begun))
     odd = [
         f"{k}: got {now.get(k)!r}, had {before.get(k)!r}" for k in now if now[k] != before.get(k)
     ]
