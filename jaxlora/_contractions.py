@@ -20,6 +20,7 @@ from jax.extend.core import JaxprEqn
 from jaxlora import _compat
 from jaxlora._errors import RolesError
 from jaxlora._moves import RANK, Dims, Labelled, Unfactorable, contract, times
+from jaxlora._settled import settled
 
 if TYPE_CHECKING:
     from jaxlora._factored import Factored
@@ -267,7 +268,7 @@ def _dot_share(
     h = _met(x, t, start, end, summed, out, first, precision)
     h = times(h, t.scale, h.array.dtype)
     part = _product(end, h, [d for d in out if d in h.dims or d in end.dims], first, precision)
-    part = Labelled(part.array, tuple(out.index(d) for d in part.dims))
+    part = Labelled(settled(part.array), tuple(out.index(d) for d in part.dims))
     return t.placed(part, {d: out.index(d) for d in (*batch, *free)}, shape)
 
 

@@ -18,6 +18,7 @@ ORDER = [
     "_errors",
     "_not_an_array",
     "_compat",
+    "_settled",
     "_pytrees",
     "_codebooks",
     "_quantized_array",

@@ -257,7 +257,8 @@ def test_untouched_equations_are_the_same_equations(jit):
     lora, x = adapted(), jax.random.normal(KEY, (7, 4))
     plain = jax.make_jaxpr(fn)(jaxlora.base_params(lora), x)
     ours = jax.make_jaxpr(jaxlora.lora_apply(fn, jit=jit))(lora, x)
-    for name in ("custom_linear_solve", "sort", "custom_jvp_call", "geqrf", "random_bits"):
+    for name in ("custom_linear_solve", "sort", "geqrf", "random_bits"):
         assert count_primitives(ours, name) == count_primitives(plain, name)
-    assert count_primitives(ours, "add") == count_primitives(plain, "add") + 1
+    for name in ("add", "custom_jvp_call"):  # the adapter's own: its sum, and `settled`
+        assert count_primitives(ours, name) == count_primitives(plain, name) + 1
     assert_close(jaxlora.lora_apply(fn, jit=jit)(lora, x), fn(jaxlora.merge(lora), x), 5)
