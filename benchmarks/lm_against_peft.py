@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ RATE = 2e-4
 # jaxlora's contestants: what `Llama(remat=...)` keeps for the backward pass.
 SOME = "q_proj", "k_proj", "v_proj", "attention", "residual", "gate_proj", "up_proj"
 REMAT = {"jaxlora": None, "jaxlora, remat of some": SOME, "jaxlora, remat": ()}
-CONTESTANTS = ("PEFT", "by hand", *REMAT)
+CONTESTANTS = ("PEFT", "PEFT, checkpointing", "by hand", *REMAT)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,45 +117,55 @@ def _config(model: str) -> str:
     return (Path(model) / "config.json").read_text()
 
 
-def jax_side(side: str, model: str, cell: str) -> None:
-    """The step of examples/training.py, or that of lm_by_hand."""
+def by_hand_side(model: str, cell: str) -> None:
+    """The step of lm_by_hand."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from models import hf
+
+    from benchmarks import lm_by_hand
+
+    rank, targets, tokens, dtype = batch_of(cell, json.loads(_config(model))["vocab_size"])
+    config, params = hf.load(model, dtype=getattr(jnp, dtype))
+    tx, key = optax.adamw(RATE, weight_decay=0.01), jax.random.key(0)
+    factors = jax.jit(lambda params: lm_by_hand.factors(params, targets, rank, key))(params)
+    state = lm_by_hand.State(factors, jax.jit(tx.init)(factors))
+    step_of = lm_by_hand.make_step(config, tx, 2.0, getattr(jnp, dtype))
+    inputs, labels = (jnp.asarray(x, jnp.int32) for x in (tokens[:, :-1], tokens[:, 1:]))
+
+    def step() -> float:
+        nonlocal state
+        state, loss = jax.block_until_ready(step_of(state, params, inputs, labels))
+        return float(loss)
+
+    serve(step)
+
+
+def jaxlora_side(model: str, cell: str, remat: Any) -> None:
+    """The step of examples/training.py."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from batches import Batch  # type: ignore[import-not-found]
-    from models import hf, llama  # type: ignore[import-not-found]
-    from training import make_step, start  # type: ignore[import-not-found]
+    from batches import Batch
+    from models import hf, llama
+    from training import make_step, start
 
     import jaxlora
-    from benchmarks import lm_by_hand
 
     rank, targets, tokens, name = batch_of(cell, json.loads(_config(model))["vocab_size"])
     dtype = getattr(jnp, name)
     config, params = hf.load(model, dtype=dtype)
-    tx = optax.adamw(RATE, weight_decay=0.01)
-    if side == "by hand":
-        key = jax.random.key(0)
-        factors = jax.jit(lambda p: lm_by_hand.factors(p, targets, rank, key))(params)
-        state = lm_by_hand.State(factors, jax.jit(tx.init)(factors))
-        by_hand = lm_by_hand.make_step(config, tx, 2.0, dtype)
-        shifted = [jnp.asarray(x, jnp.int32) for x in (tokens[:, :-1], tokens[:, 1:])]
-
-        def step_by_hand() -> float:
-            nonlocal state
-            state, loss = jax.block_until_ready(by_hand(state, params, *shifted))
-            return float(loss)
-
-        return serve(step_by_hand)
     settings = jaxlora.LoraConfig(
         rank=rank, alpha=2 * rank, targets=targets, roles=llama.ROLES, dtype=jnp.float32
     )
-    lora = jax.jit(lambda params: jaxlora.init(jax.random.key(0), params, settings))(params)
-    lora = jaxlora.with_base(lora, params)  # the very arrays, not a copy
+    lora = jaxlora.init(jax.random.key(0), params, settings)
     trainable, frozen = jaxlora.partition(lora)
     del lora
+    tx = optax.adamw(RATE, weight_decay=0.01)
     state = start(tx, trainable)
-    step_of = make_step(llama.Llama(config, dtype=dtype, remat=REMAT[side]), tx)
+    step_of = make_step(llama.Llama(config, dtype=dtype, remat=remat), tx)
     ones = np.ones(tokens[:, :-1].shape)
     batch = Batch(
         tokens[None, :, :-1].astype(np.int32),
@@ -166,8 +176,7 @@ def jax_side(side: str, model: str, cell: str) -> None:
 
     def step() -> float:
         nonlocal state
-        state, report = step_of(state, frozen, batch)
-        jax.block_until_ready(state)
+        state, report = jax.block_until_ready(step_of(state, frozen, batch))
         return float(report.loss)
 
     serve(step)
@@ -207,10 +216,12 @@ class Side:
         self._process.wait()
 
 
-def measure(model: str, peft_python: str, cell: str, rounds: int) -> dict[str, Any]:
+def measure(
+    model: str, peft_python: str, cell: str, rounds: int, contestants: Sequence[str]
+) -> dict[str, Any]:
     """{contestant: time, its ratio to PEFT's, memory, the losses}."""
     sides = {}
-    for name in CONTESTANTS:
+    for name in dict.fromkeys(["PEFT", *contestants]):
         python = peft_python if name.startswith("PEFT") else sys.executable
         sides[name] = Side(python, name, model, cell)
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -255,6 +266,9 @@ def main() -> None:
     parser.add_argument("--peft-python", required=True, help="an interpreter with torch and peft")
     parser.add_argument("--model", help="a directory of Hugging Face's; SmolLM2-135M if not given")
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS, metavar="CELL")
+    parser.add_argument(
+        "--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, metavar="NAME"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     options = parser.parse_args()
@@ -262,7 +276,9 @@ def main() -> None:
         model = options.model or _smollm2(temporary)
         cells = {}
         for cell in options.cell:
-            cells[cell] = measure(model, options.peft_python, cell, options.rounds)
+            cells[cell] = measure(
+                model, options.peft_python, cell, options.rounds, options.contestants
+            )
             print(table({cell: cells[cell]}), flush=True)
     print("\n" + table(cells))
     if options.out:
@@ -271,7 +287,7 @@ def main() -> None:
 
 def _smollm2(directory: str) -> str:
     sys.path.insert(0, str(EXAMPLES))
-    from models import hf, smollm2  # type: ignore[import-not-found]
+    from models import hf, smollm2
 
     config, params, text = smollm2.load()
     hf.save(directory, config, params)
@@ -285,7 +301,9 @@ if __name__ == "__main__":
         side, model, cell = sys.argv[2:]
         if side.startswith("PEFT"):
             peft_side(model, cell, checkpointing=side == "PEFT, checkpointing")
+        elif side == "by hand":
+            by_hand_side(model, cell)
         else:
-            jax_side(side, model, cell)
+            jaxlora_side(model, cell, REMAT[side])
     else:
         main()

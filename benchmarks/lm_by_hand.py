@@ -94,6 +94,6 @@ def make_step(
     ) -> tuple[State, jax.Array]:
         loss, gradient = jax.value_and_grad(loss_of)(state.factors, params, tokens, labels)
         updates, opt = tx.update(gradient, state.opt, state.factors)
-        return State(optax.apply_updates(state.factors, updates), opt), loss  # type: ignore[arg-type]
+        return State(optax.apply_updates(state.factors, updates), opt), loss
 
     return jax.jit(step, donate_argnums=0)
