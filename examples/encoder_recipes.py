@@ -53,6 +53,11 @@ def peft(config: Config) -> LoraConfig:
     )
 
 
-def quantized(params: Any, kind: str = "nf4") -> Any:
-    """The layers' kernels in "nf4" (double quantization) or "int8"; the head and pooler stay."""
-    return jaxlora.quantize(params, list(ROLES), roles=ROLES, kind=kind)
+def quantized(params: Any, kind: str = "nf4", donate: bool = False) -> Any:
+    """The layers' kernels in "nf4" (double quantization) or "int8"; head, pooler and tables stay.
+
+    With `donate` the floats are deleted.
+    """
+    encoder = "encoder/" if "encoder" in params else ""
+    roles = {encoder + path: role for path, role in ROLES.items()}
+    return jaxlora.quantize(params, list(roles), roles=roles, kind=kind, donate=donate)

@@ -368,8 +368,8 @@ class Bert(nn.Module):
     >>> config = Config(model_type="bert", vocab_size=8, hidden_size=4, intermediate_size=8,
     ...     num_hidden_layers=2, num_attention_heads=2)
     >>> model, tokens = Bert(config), jnp.array([[1, 2, 3]])
-    >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
-    >>> hidden, pooled = jax.jit(model.apply)(variables, tokens)
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    >>> hidden, pooled = jax.eval_shape(model.apply, variables, tokens)
     >>> hidden.shape, pooled.shape
     ((1, 3, 4), (1, 4))
     """

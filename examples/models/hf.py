@@ -76,7 +76,10 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: A
         raise ModelError(
             f"{fields.where}: got {', '.join(odd)} to change, which the config of a {kind} has not."
         )
-    return dataclasses.replace(config, **changes)
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise ModelError(f"{fields.where}: {error}") from None
 
 
 def config_json(config: Config, dtype: Any = np.float32) -> dict[str, Any]:
