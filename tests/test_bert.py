@@ -334,7 +334,7 @@ def test_quantized_base(folder):
     all_but = jax.eval_shape(lambda p: skip(p, "all-linear"), params)
     assert jax.tree.structure(all_but) == jax.tree.structure(base)
     recipe = encoder_recipes.peft(config)
-    lora = randomized(jaxlora.init(jax.random.key(0), base, recipe))
+    lora = jax.jit(lambda p: randomized(jaxlora.init(jax.random.key(0), p, recipe)))(base)
     got = apply_of(config)(lora, r.inputs)
     merged = jax.jit(lambda lora: jaxlora.merge(jaxlora.dequantize(lora)))(lora)
     assert_close(got, apply_of(config)(merged, r.inputs), factor=20)

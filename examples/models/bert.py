@@ -469,7 +469,7 @@ class RobertaHead(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         c = self.config
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = partial(nn.Dense, kernel_init=_INIT, **dtypes)
+        dense: Any = partial(nn.Dense, kernel_init=_INIT, **dtypes)
         x = nn.Dropout(c.classifier_dropout)(x, deterministic)
         x = jnp.tanh(dense(c.hidden_size, name="dense")(x))
         x = nn.Dropout(c.classifier_dropout)(x, deterministic)
@@ -507,7 +507,7 @@ class Classifier(nn.Module):
         elif c.model_type == "roberta":
             logits = RobertaHead(c, name="classifier", **dtypes)(x, deterministic)
         else:
-            dense = partial(nn.Dense, kernel_init=_INIT, **dtypes)
+            dense: Any = partial(nn.Dense, kernel_init=_INIT, **dtypes)
             if c.model_type == "distilbert":
                 pooled = nn.relu(dense(c.hidden_size, name="pre_classifier")(x))
             assert pooled is not None

@@ -109,11 +109,12 @@ def read_config(given: Fields) -> Config:
     if isinstance(pad, bool) or not isinstance(pad, int) or pad < 0:
         raise fields.wrong("pad_token_id", "a token's id")
     labels = field("num_labels", len(field("id2label", {})) or 2)
+    numbers: dict[str, Any] = {size: field(size) for size in _SIZES}
+    numbers |= {name: float(rate) for name, rate in rates.items()}
     try:
         return Config(
             model_type=kind,
-            **{size: field(size) for size in _SIZES},
-            **{name: float(rate) for name, rate in rates.items()},
+            **numbers,
             type_vocab_size=types,
             layer_norm_eps=1e-12 if kind == "distilbert" else float(field("layer_norm_eps", 1e-12)),
             pad_token_id=pad,

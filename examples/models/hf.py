@@ -67,7 +67,7 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: A
     """
     fields = config_file.read(source)
     known = [kind for family in _FAMILIES for kind in family.MODEL_TYPES]
-    kind = fields.raw.get("model_type")
+    kind: Any = fields.raw.get("model_type")
     if kind not in known:
         raise fields.wrong("model_type", f"one of {', '.join(known)}")
     config = _family(kind).read_config(fields)
@@ -166,7 +166,8 @@ def _lacking(
     wanted: list[leaves.Leaf], source: Tensors, groups: tuple[str, ...]
 ) -> dict[str, leaves.Leaf]:
     """The leaves of those groups (regexes of paths) of which the source has no tensor at all."""
-    shapes, found = source.shapes(), {}
+    shapes = source.shapes()
+    found: dict[str, leaves.Leaf] = {}
     for group in groups:
         members = [leaf for leaf in wanted if re.fullmatch(group, leaf.path)]
         if not any(name in shapes for leaf in members for name in leaf.tensors):
