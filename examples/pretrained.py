@@ -64,6 +64,9 @@ def load(model: str | os.PathLike[str], dtype: Any) -> Pretrained:
         with tempfile.TemporaryDirectory() as folder:
             text.save(folder)
             return _with_tokenizer(config, params, Path(folder), DEFAULT)
+    config = hf.read_config(directory)
+    if not isinstance(config, Config):
+        raise hf.ModelError(f"{model}: is a {config.model_type}, expected one of `models.llama`.")
     config, params = hf.load(directory, dtype=dtype)
     return _with_tokenizer(config, params, directory, str(model))
 

