@@ -130,12 +130,14 @@ def by_hand_side(model: str, cell: str) -> None:
     config, params = hf.load(model, dtype=getattr(jnp, dtype))
     tx, key = optax.adamw(RATE, weight_decay=0.01), jax.random.key(0)
     factors = jax.jit(lambda params: lm_by_hand.factors(params, targets, rank, key))(params)
-    state = lm_by_hand.State(factors, jax.jit(tx.init)(factors))
+    state: Any = None
     step_of = lm_by_hand.make_step(config, tx, 2.0, getattr(jnp, dtype))
     inputs, labels = (jnp.asarray(x, jnp.int32) for x in (tokens[:, :-1], tokens[:, 1:]))
 
     def step() -> float:
         nonlocal state
+        if state is None:  # after the memory before it was read, as PEFT's
+            state = lm_by_hand.State(factors, jax.jit(tx.init)(factors))
         state, loss = jax.block_until_ready(step_of(state, params, inputs, labels))
         return float(loss)
 
@@ -164,7 +166,7 @@ def jaxlora_side(model: str, cell: str, remat: Any) -> None:
     trainable, frozen = jaxlora.partition(lora)
     del lora
     tx = optax.adamw(RATE, weight_decay=0.01)
-    state = start(tx, trainable)
+    state: Any = None
     step_of = make_step(llama.Llama(config, dtype=dtype, remat=remat), tx)
     ones = np.ones(tokens[:, :-1].shape)
     batch = Batch(
@@ -176,6 +178,8 @@ def jaxlora_side(model: str, cell: str, remat: Any) -> None:
 
     def step() -> float:
         nonlocal state
+        if state is None:
+            state = start(tx, trainable)
         state, report = jax.block_until_ready(step_of(state, frozen, batch))
         return float(report.loss)
 

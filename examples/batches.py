@@ -116,8 +116,8 @@ def dataset(
 ) -> Any:
     """A grain data set of steps, each (`Batch` of (accumulate, batch, length), rows' numbers).
 
-    Shuffled anew in each epoch. Epochs follow each other without a gap, and the last step is filled
-    up with padding, so that each row is seen in each epoch.
+    Shuffled anew in each epoch. Each row is seen once in each epoch: the last step of one is filled
+    up with padding.
     """
 
     def collate(some: Sequence[Sequence[Example]]) -> tuple[Batch, list[int]]:
@@ -125,5 +125,6 @@ def dataset(
         split = Batch(*(x.reshape(accumulate, batch, length) for x in filled))
         return split, [example.row for examples in some for example in examples]
 
-    steps = grain.MapDataset.source(list(bins)).seed(seed).shuffle().repeat(epochs)
-    return steps.batch(accumulate * batch, drop_remainder=False, batch_fn=collate)
+    shuffled = grain.MapDataset.source(list(bins)).seed(seed).shuffle()
+    steps = shuffled.batch(accumulate * batch, drop_remainder=False, batch_fn=collate)
+    return steps.repeat(epochs)

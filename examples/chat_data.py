@@ -58,7 +58,7 @@ class Rows(NamedTuple):
 
 
 def read(source: str | os.PathLike[str]) -> Rows:
-    """The rows of a file, or of a data set on the hub, "name" or "name:split".
+    """The rows of a file, or of a data set on the hub: "name", "name:split", "name:config:split".
 
     Raises:
       DataError: a row of none of the forms, by its number; nothing to read.
@@ -150,7 +150,7 @@ def _rank(reply: Mapping[str, Any]) -> float:
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -158,14 +158,15 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except ValueError as error:
                     raise DataError(f"{path}: row {number}: expected JSON: {error}.") from None
-    except OSError as error:
+    except (OSError, EOFError) as error:  # a truncated .gz ends early
         raise DataError(f"{path}: cannot be read: {error}.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8: {error}.") from None
 
 
 def _hub(source: str) -> Iterator[tuple[int, Any]]:
-    name, _, split = source.partition(":")
+    name, *rest = source.split(":")
+    config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
     try:
         import datasets
     except ImportError:
@@ -173,7 +174,7 @@ def _hub(source: str) -> Iterator[tuple[int, Any]]:
             f"{source}: is no file here, and a data set of the hub needs: pip install datasets"
         ) from None
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of the network, of the hub, of the data set: theirs are many
         raise DataError(
             f"{source}: is no file here, and the hub gave none: {type(error).__name__}: {error}"

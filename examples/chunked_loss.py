@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 
     Attributes:
       loss: of -log p(label), in nats.
-      hits: of those whose label is the likeliest token.
+      hits: of those whose label is the likeliest token, or as likely as it.
     """
 
     loss: jax.Array
@@ -50,13 +50,14 @@ def cross_entropy(
     Call this outside of `lora_apply`: a weight that enters a custom gradient has to be whole.
 
     Args:
-      head: (trainable, frozen, hidden states (N, D)) -> logits (N, V).
+      head: (trainable, frozen, hidden states (N, D)) -> logits (N, V), of nothing else that is
+        traced.
       trainable: what the head has to train: give it no more than that, gradients of all of it are
         kept. May be empty.
       frozen: the rest of what the head needs; gets no gradient.
       hidden: (..., D).
       labels: (...), integers.
-      weights: (...), floats; a token of weight 0 costs nothing.
+      weights: (...), floats; a token of weight 0 costs nothing, whatever its label.
       chunk: how many tokens' logits are there at a time.
 
     Returns:
@@ -69,7 +70,7 @@ def cross_entropy(
     [2.719, 2.0]
     """
     flat = _flat(hidden, labels, weights)
-    chunk = min(chunk, flat[1].size)
+    chunk = max(1, min(chunk, flat[1].size))
     return _cross_entropy(head, chunk, trainable, frozen, *flat)
 
 
@@ -93,7 +94,7 @@ def scores(
     """
     shape, flat = jnp.shape(labels), _flat(hidden, labels, weights)
     size = flat[1].size
-    chunk = min(chunk, size)
+    chunk = max(1, min(chunk, size))
     order, take, count = _chunks(chunk, *flat)
 
     def put(i: jax.Array, found: Any) -> Any:
@@ -145,14 +146,19 @@ def _forward(
         sums, d_trainable, d_hidden = carry
         start, part = take(i)
         grads, more = jax.grad(loss, argnums=(0, 1), has_aux=True)(trainable, *part)
-        sums, d_trainable = jax.tree.map(jnp.add, (sums, d_trainable), (more, grads[0]))
+        more = more, jax.tree.map(lambda g, to: g.astype(to.dtype), grads[0], d_trainable)
+        sums, d_trainable = jax.tree.map(jnp.add, (sums, d_trainable), more)
         # The last chunk may begin among the tokens of the one before, with weights of 0 there.
         here = jax.lax.dynamic_slice_in_dim(d_hidden, start, chunk) + grads[1]
         return sums, d_trainable, jax.lax.dynamic_update_slice_in_dim(d_hidden, here, start, 0)
 
-    zeros = jax.tree.map(jnp.zeros_like, (trainable, hidden))
-    start = Sums(jnp.float32(0), jnp.float32(0)), *zeros
+    # Added up in float32: over many chunks, bfloat16 would lose digits.
+    wide = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), trainable
+    )
+    start = Sums(jnp.float32(0), jnp.float32(0)), wide, jnp.zeros_like(hidden)
     sums, d_trainable, d_hidden = jax.lax.fori_loop(0, count, add, start)
+    d_trainable = jax.tree.map(lambda g, like: g.astype(like.dtype), d_trainable, trainable)
     return sums, (d_trainable, jnp.zeros_like(hidden).at[order].set(d_hidden))
 
 
@@ -180,9 +186,15 @@ def _scores(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
 def _flat(
     hidden: jax.Array, labels: ArrayLike, weights: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens in one row."""
-    row = hidden.reshape(-1, hidden.shape[-1])
-    return row, jnp.asarray(labels).reshape(-1), jnp.asarray(weights).reshape(-1)
+    """Tokens in one row; labels of weight 0, -100 say, are 0."""
+    labels, weights = jnp.asarray(labels), jnp.asarray(weights, jnp.float32)
+    if not labels.shape == weights.shape == hidden.shape[:-1] or labels.size == 0:
+        raise ValueError(
+            f"cross_entropy: got hidden {hidden.shape}, labels {labels.shape} and weights "
+            f"{weights.shape}, expected (..., D) and twice (...), of one token at least."
+        )
+    labels = jnp.where(weights != 0, labels, 0)
+    return hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1)
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, Callable[..., Any], jax.Array]:

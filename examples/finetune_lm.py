@@ -41,6 +41,7 @@ from batches import Example
 from finetune_settings import Settings, parse_args
 from models import hf, llama
 from run_log import RunLog, draw, peak_memory
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import jaxlora
@@ -57,6 +58,8 @@ EXPECTED = (
     chat_template.TemplateError,
     hf.ModelError,
     jaxlora.TargetError,
+    OSError,
+    SafetensorError,
 )
 
 
@@ -74,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings, args: argparse.Namespace) -> int:
     began = time.time()
+    prepare(args.out, args.resume, args.overwrite)
     heading("1. The model, the data, the adapter")
     dtype = pretrained.dtype_of(settings.dtype)
     base = pretrained.load(settings.model, dtype)
@@ -103,10 +107,13 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     data, length = dataset(train_set, settings, base.tokenizer.pad)
     tx, rate = optimizer(settings, len(data))
     state, iterator = training.start(tx, trainable), iter(data.to_iter_dataset())
-    prepare(args.out, args.resume, args.overwrite)
     checkpoints = training.Checkpoints(args.out / "checkpoints")
     done = checkpoints.latest() if args.resume else None
-    notes = {"settings": dataclasses.asdict(settings), "data": batches.digest(train_set)}
+    notes = {
+        "settings": dataclasses.asdict(settings),
+        "rows": batches.digest(train_set),
+        "held-out rows": batches.digest(eval_set),
+    }
     if done is not None:
         check_same(notes, checkpoints.notes(done))
         state = checkpoints.restore(done, state, params, iterator)
@@ -126,6 +133,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     with Terminated() as terminated:
         for now in train(step, state, frozen, iterator, len(data), rate, log, args):
             state, at = now.state, now.step
+            if args.eval_every and at % args.eval_every == 0 and at < len(data):
+                lora = jaxlora.combine(state.trainable, frozen)
+                log("eval", at, **measure(lora, answers_too=False))
             every = args.save_every and at % args.save_every == 0
             if every or at == len(data) or terminated.asked:
                 checkpoints.save(state, frozen, iterator, notes)
@@ -133,9 +143,6 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
                 checkpoints.close()
                 print(f"\nSIGTERM: saved after step {at}; the same command with --resume goes on")
                 return 128 + signal.SIGTERM
-            if args.eval_every and at % args.eval_every == 0 and at < len(data):
-                lora = jaxlora.combine(state.trainable, frozen)
-                log("eval", at, **measure(lora, answers_too=False))
     checkpoints.close()
 
     heading("4. Saved, read again, merged, exported")
@@ -242,12 +249,12 @@ def train(
             batch, rows = next(iterator)
             began = time.time()
             state, found = step(state, frozen, batch)
-            loss, norm = float(found.loss), float(found.norm)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            loss, norm, size = (float(x) for x in (found.loss, found.norm, found.size))
+            if not all(math.isfinite(x) for x in (loss, norm, size)):
                 raise NonFinite(
-                    f"step {at}: the loss is {loss}, the gradient's norm {norm}. Its rows are "
-                    f"{sorted(rows)}. Nothing of this step was saved. Look at these rows, or try "
-                    "a smaller --learning-rate."
+                    f"step {at}: the loss is {loss}, the gradient's norm {norm}, the adapter's "
+                    f"after it {size}. Its rows are {sorted(rows)}. Nothing of this step was "
+                    "saved. Look at these rows, or try a smaller --learning-rate."
                 )
             speed = float((batch.segment_ids > 0).sum()) / (time.time() - began)
             memory = peak_memory() / 2**30
@@ -285,23 +292,28 @@ class Terminated:
         signal.signal(signal.SIGTERM, self._before)
 
 
+PRODUCTS = "checkpoints", "adapter", "peft", "model", "log.jsonl", "loss.png"
+
+
 def prepare(out: Path, resume: bool, overwrite: bool) -> None:
-    """A folder to write to. An unfinished run in it is not lost by mistake."""
+    """A folder to write to, before minutes are spent. A run in it is not lost by mistake."""
     log, checkpoints = out / "log.jsonl", out / "checkpoints"
-    if checkpoints.is_dir() and not resume:
-        ended = log.is_file() and '"event": "end"' in log.read_text()
-        steps = [p.name for p in checkpoints.iterdir() if p.name.isdigit()]
-        if steps and not (ended or overwrite):
-            raise RunError(
-                f"{out}: has an unfinished run, expected --resume to go on with it, --overwrite, "
-                "or another --out."
-            )
-        shutil.rmtree(checkpoints)
+    saved = checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir())
+    finished = log.is_file() and '"event": "end"' in log.read_text()
+    if resume and finished:
+        raise RunError(f"{out}: has a finished run, expected --overwrite, or another --out.")
+    if not resume:
+        if saved and not overwrite:
+            way = "--overwrite" if finished else "--resume to go on with it, --overwrite"
+            what = "a finished run" if finished else "an unfinished run"
+            raise RunError(f"{out}: has {what}, expected {way}, or another --out.")
+        for path in (out / name for name in PRODUCTS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
 
 
 def check_same(notes: dict[str, Any], begun: dict[str, Any]) -> None:
-    now, before = ({**x["settings"], "rows' tokens": x["data"]} for x in (notes, begun))
+    now, before = ({**x["settings"], **x, "settings": None} for x in (notes, begun))
     odd = [
         f"{k}: got {now.get(k)!r}, had {before.get(k)!r}" for k in now if now[k] != before.get(k)
     ]
@@ -335,11 +347,16 @@ def examination(
 
     def measure(params: Any, answers_too: bool = True) -> dict[str, Any]:
         found: dict[str, Any] = dict(evaluate(params, filled)._asdict())
+        if not math.isfinite(found["loss"]):
+            raise NonFinite(
+                f"the loss of held-out rows is {found['loss']}: try a smaller --learning-rate, or "
+                "another --dtype."
+            )
         if not (asked and answers_too):
             return found
         limits = settings.max_length, settings.max_new_tokens
         said, speed = answers.greedy(generator, params, tokenizer, asked, *limits)
-        found |= {"answers": said, "generated_per_s": round(speed, 1)}
+        found |= {"answers": said, "generated_per_s": round(speed, 1), "asked": len(asked)}
         if settings.metric != "none":
             right = answers.METRICS[settings.metric]
             hits = [right(got, row.answer) for got, row in zip(said, asked, strict=True)]
@@ -392,8 +409,8 @@ def table(log: RunLog, settings: Settings) -> None:
         "held-out tokens predicted": ("accuracy", "{:.1%}"),
     }
     if settings.metric == "exact":
-        rows[f"exact match, {settings.eval_rows} held-out rows"] = "exact", "{:.1%}"
-    rows[f"{settings.metric} match, {settings.metric_rows} generated"] = "metric", "{:.1%}"
+        rows[f"exact match, {after['examples']} held-out rows"] = "exact", "{:.1%}"
+    rows[f"{settings.metric} match, {after.get('asked')} generated"] = "metric", "{:.1%}"
     print(f"\n{'':42}{'before':>10}{'after':>10}")
     for name, (key, form) in rows.items():
         if key in before and key in after:

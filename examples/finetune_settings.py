@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ ORDERS = Settings(
 
 HELP = {
     "model": "a directory, a hub name, or tiny: a random one to try things on",
-    "data": "JSON lines of chats, prompts and completions, or texts; or a hub data set, name:split",
+    "data": "JSON lines of chats, prompts and completions, or texts; or a hub data set, "
+    "name[:config][:split]",
     "eval_data": "held-out rows; without, some of the data",
     "eval_rows": "how many rows to hold out, a fifth of the data at most",
     "max_rows": "train on the first so many",
@@ -89,6 +91,20 @@ CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "dtype": ("auto", "float32", "bfloat16"),
     "metric": ("exact", "number", "none"),
+}
+
+
+COUNT = (lambda x: x >= 1), "1 or more"
+MAYBE = (lambda x: x >= 0), "0 or more"
+POSITIVE = (lambda x: 0 < x < math.inf), "a positive number"
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("rank", "batch", "accumulate", "epochs", "max_length", "eval_rows"), COUNT),
+    **dict.fromkeys(("max_rows", "max_new_tokens", "log_every"), COUNT),
+    **dict.fromkeys(("metric_rows", "seed", "save_every", "eval_every"), MAYBE),
+    **dict.fromkeys(("learning_rate", "clip", "alpha"), POSITIVE),
+    "weight_decay": ((lambda x: 0 <= x < math.inf), "0 or more"),
+    "dropout": ((lambda x: 0 <= x < 1), "0 or more, below 1"),
+    "warmup": ((lambda x: 0 <= x <= 1), "a part of the steps, 0 to 1"),
 }
 
 
@@ -115,7 +131,9 @@ def parse_args(argv: Sequence[str] | None, about: str) -> tuple[argparse.Namespa
         parser.add_argument("--" + name.replace("_", "-"), **options)
     parser.add_argument("--out", type=Path, default=Path("out/finetune_lm"))
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="an unfinished run in --out")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="the run in --out, if there is one"
+    )
     parser.add_argument("--save-every", type=int, default=50, help="steps; 0: at the end alone")
     parser.add_argument("--eval-every", type=int, default=0, help="steps; 0: before and after")
     parser.add_argument("--log-every", type=int, default=10, help="steps, where no bar is shown")
@@ -142,7 +160,10 @@ def parse_args(argv: Sequence[str] | None, about: str) -> tuple[argparse.Namespa
     if settings.remat not in ("none", "layer") and not set(kept) <= set(llama.SAVEABLE):
         names = ", ".join(llama.SAVEABLE)
         parser.error(f"--remat: got {settings.remat}, expected none, layer, or some of {names}")
-    for name in ("rank", "batch", "accumulate", "epochs", "max_length", "eval_rows"):
-        if getattr(settings, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: got {getattr(settings, name)}, expected 1+")
+    if settings.eval_data is not None and settings.data is None:
+        parser.error("--eval-data: expected --data too; the default task makes its own rows")
+    for name, (good, expected) in LIMITS.items():
+        value = getattr(settings if hasattr(settings, name) else args, name)
+        if value is not None and not good(value):
+            parser.error(f"--{name.replace('_', '-')}: got {value}, expected {expected}")
     return args, settings

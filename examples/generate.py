@@ -81,7 +81,8 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     >>> filtered(jnp.log(jnp.array([0.5, 0.3, 0.2])), Sampling(1.0, top_p=0.6)).tolist()[2]
     -inf
     """
-    logits = logits / sampling.temperature
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    logits = (logits - largest) / sampling.temperature  # no overflow, however cold
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)

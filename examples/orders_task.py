@@ -4,7 +4,7 @@
     {"item": "desk lamps", "quantity": 6, "city": "Oslo", "date": "05-03"}
 
 Made here, from a seed: some 30 ways to ask, quantities in digits, words and dozens, dates in seven
-forms. No held-out order is a training order, and a third of them have a city, or words of an item,
+forms. No held-out order is a training order, and four in ten have a city, or words of an item,
 that no training order has.
 """
 

@@ -38,11 +38,19 @@ class State(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Of one step: nats a token, the share of tokens predicted, the norm of the gradient."""
+    """Of one step.
+
+    Attributes:
+      loss: nats a token, before the update.
+      accuracy: the share of tokens predicted, before it too.
+      norm: of the gradient.
+      size: the norm of what trains, after the update: no number if the update went wrong.
+    """
 
     loss: jax.Array
     accuracy: jax.Array
     norm: jax.Array
+    size: jax.Array
 
 
 def start(tx: optax.GradientTransformation, trainable: Any) -> State:
@@ -117,7 +125,8 @@ def make_step(
         gradient = jax.tree.map(lambda g: g / tokens, gradient)
         updates, opt = tx.update(gradient, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        report = Report(found.loss / tokens, found.hits / tokens, optax.tree.norm(gradient))
+        norms = optax.tree.norm(gradient), optax.tree.norm(trainable)
+        report = Report(found.loss / tokens, found.hits / tokens, *norms)
         return State(state.step + 1, trainable, opt), report
 
     return step
@@ -131,11 +140,13 @@ class Evaluation(NamedTuple):
       accuracy: the share of tokens that are the likeliest, after the right ones before them.
       exact: the share of examples of which all tokens are. It is what greedy generation gets right
         from end to end: as long as it has, what came before is the same.
+      examples: how many there were.
     """
 
     loss: float
     accuracy: float
     exact: float
+    examples: int
 
 
 def make_evaluation(model: Any) -> Callable[[Any, Any], Evaluation]:
@@ -149,7 +160,8 @@ def make_evaluation(model: Any) -> Callable[[Any, Any], Evaluation]:
         return scores(logits_of, part, hidden, batch.labels, batch.weights)
 
     def evaluate(params: Any, batches: Any) -> Evaluation:
-        loss = hits = tokens = exact = examples = 0.0
+        loss = hits = tokens = exact = 0.0
+        examples = 0
         for batch in batches:
             losses, right = (np.asarray(x) for x in of(params, batch))
             learned = batch.weights != 0
@@ -159,7 +171,7 @@ def make_evaluation(model: Any) -> Callable[[Any, Any], Evaluation]:
                 ids = np.unique(segments[segments > 0])
                 examples += len(ids)
                 exact += len(np.setdiff1d(ids, segments[wrong]))
-        return Evaluation(loss / tokens, hits / tokens, exact / examples)
+        return Evaluation(loss / tokens, hits / tokens, exact / examples, examples)
 
     return evaluate
 

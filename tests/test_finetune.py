@@ -291,7 +291,7 @@ def test_every_row_is_seen_in_every_epoch():
     assert sorted(seen[:11]) == sorted(seen[11:]) == list(range(1, 12))
     assert seen[:11] != seen[11:]
     last = steps[-1]
-    assert len(last[1]) == 2
+    assert len(last[1]) == 3
     assert not last[0].weights[1].any()
 
 
@@ -344,6 +344,27 @@ def test_chunked_is_plain(chunk):
     wanted = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     np.testing.assert_allclose(losses, np.where(weights != 0, wanted, 0), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(hits, (logits.argmax(-1) == labels) & (weights != 0))
+
+
+def test_labels_of_weight_0_may_be_anything():
+    head = lambda table, _, h: h @ table
+    hidden, table = jnp.arange(6.0).reshape(3, 2), jnp.ones((2, 4))
+    weights = jnp.array([1.0, 0.0, 1.0])
+    both = jax.jit(
+        jax.grad(lambda t, labels: cross_entropy(head, t, None, hidden, labels, weights).loss)
+    )
+    got, expected = (both(table, jnp.array(labels)) for labels in ([1, -100, 2], [1, 0, 2]))
+    np.testing.assert_array_equal(got, expected)
+    with pytest.raises(ValueError, match=r"hidden .3, 2., labels .2,. and weights .3,."):
+        cross_entropy(head, table, None, hidden, jnp.array([1, 2]), weights)
+
+
+def test_gradients_of_16_bits_add_up_in_32():
+    """256 chunks: in bfloat16, the sum would stop to grow."""
+    hidden, table = jnp.ones((256, 2), jnp.bfloat16), jnp.zeros((2, 2), jnp.bfloat16)
+    labels, weights = jnp.zeros(256, int), jnp.ones(256)
+    loss = lambda t: cross_entropy(lambda t, _, h: h @ t, t, None, hidden, labels, weights, 1).loss
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(table)[0], [-128, 128])
 
 
 def test_no_tokens_to_learn():
@@ -739,15 +760,48 @@ def test_a_loss_that_is_no_number_stops(folder, tmp_path, capsys):
     wrong = flags(folder, tmp_path, *options)
     assert finetune_lm.main(wrong) == 1
     said = capsys.readouterr().err
-    assert "step 2: the loss is nan" in said or "step 2: the loss is inf" in said
-    assert "Its rows are [" in said
-    assert len(losses(tmp_path)) == 1
+    assert "step 1: the loss is " in said
+    assert "the adapter's after it inf. Its rows are [" in said
+    assert not losses(tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "peft").exists()
 
 
 def test_bad_data_is_an_error_with_its_row(folder, tmp_path, capsys):
     path = jsonl(tmp_path / "rows.jsonl", {"text": "a"}, {"txt": "b"})
     assert finetune_lm.main(flags(folder, tmp_path / "out", "--data", path)) == 2
     assert "row 2: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--eval-data rows.jsonl", "--eval-data: expected --data too"),
+        ("--warmup 2", "--warmup: got 2.0, expected a part of the steps, 0 to 1"),
+        ("--learning-rate nan", "--learning-rate: got nan, expected a positive number"),
+        ("--seed -1", "--seed: got -1, expected 0 or more"),
+        ("--log-every 0", "--log-every: got 0, expected 1 or more"),
+        ("--max-new-tokens 0", "--max-new-tokens: got 0, expected 1 or more"),
+    ],
+)
+def test_settings_that_make_no_sense(options, said, capsys):
+    with pytest.raises(SystemExit):
+        finetune_lm.main(["--short", *options.split()])
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_is_not_lost_by_mistake(tmp_path, capsys):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"event": "start", "step": 0}\n')
+    assert finetune_lm.main(["--short", "--out", str(tmp_path)]) == 2
+    assert "has an unfinished run, expected --resume" in capsys.readouterr().err
+    log.write_text('{"event": "end", "step": 3}\n')
+    for option in ([], ["--resume"]):
+        assert finetune_lm.main(["--short", "--out", str(tmp_path), *option]) == 2
+        assert "has a finished run, expected --overwrite" in capsys.readouterr().err
+    assert finetune_lm.main(["--short", "--out", str(log / "below")]) == 2
+    assert "log.jsonl/below" in capsys.readouterr().err
 
 
 def test_the_number_metric():
