@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import chat_data
@@ -13,19 +14,25 @@ import generate
 from chat_template import ChatTokenizer
 
 
-def _last_number(text: str) -> str | None:
-    """After '####' as in GSM8K, else the last one.
+def _last_number(text: str) -> Decimal | None:
+    """After '####' as in GSM8K, else the last one. The minus of "10-3" is none.
 
-    >>> _last_number("so 2 + 3 = 5. #### 1,200")
-    '1200'
+    >>> _last_number("so 2 + 3 = 5. #### 1,200.0") == 1200
+    True
     """
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
-    return numbers[-1].replace(",", "").rstrip(".") if numbers else None
+    numbers = re.findall(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _same_number(got: str, wanted: str) -> bool:
+    """A wanted answer without a number is never met."""
+    number = _last_number(wanted)
+    return number is not None and _last_number(got) == number
 
 
 METRICS: dict[str, Callable[[str, str], bool]] = {
     "exact": lambda got, wanted: got.strip() == wanted.strip(),
-    "number": lambda got, wanted: _last_number(got) == _last_number(wanted),
+    "number": _same_number,
 }
 
 

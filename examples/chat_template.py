@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class ChatTokenizer:
       marks: {"bos_token": "<s>", ...}, which templates use.
       stop: ids of tokens after which nothing comes.
       pad: the id that fills up rows.
+      today: for templates that say the date; fixed, so that a chat's tokens are.
     """
 
     tokenizer: Any
@@ -40,6 +42,7 @@ class ChatTokenizer:
     marks: Mapping[str, str]
     stop: tuple[int, ...]
     pad: int
+    today: datetime.datetime = dataclasses.field(default_factory=datetime.datetime.now)
 
     def render(self, messages: Messages, answer: bool = False) -> str:
         """The chat as text; with `answer`, up to where the assistant's next answer begins."""
@@ -61,17 +64,24 @@ class ChatTokenizer:
 
         From the template's own `{% generation %}` marks where it has them. Else an assistant's
         turn is what the template adds to the chat before it, less the prompt for an answer, and
-        less blanks after the last mark.
+        less blanks after the last mark. Where the template renders a turn otherwise once others
+        follow (Qwen3 drops what was thought), what is learned is what the whole chat has of it. A
+        token that is partly the assistant's is learned.
+
+        An earlier turn that cannot be found so is not learned, with a warning.
 
         Raises:
-          TemplateError: the template renders the chat's beginning in another way than alone.
+          TemplateError: the last turn cannot be found.
         """
-        text, spans = self._spans(messages)
+        return self._masked(*self._spans(messages))
+
+    def _masked(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, mask): the mask is 1 for tokens with a character within a span."""
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        begins = np.array([start for start, _ in encoded.offsets], np.int64)
-        mask = np.zeros(len(begins), np.int32)
+        offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        mask = np.zeros(len(offsets), np.int32)
         for start, end in spans:
-            mask |= (begins >= start) & (begins < end)
+            mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         return np.array(encoded.ids, np.int32), mask
 
     def text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -81,11 +91,11 @@ class ChatTokenizer:
         return tokens, np.ones_like(tokens)
 
     def completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, mask) of plain texts: what comes after the prompt is learned."""
-        tokens, mask = self.text(completion)
-        before, begin = self.encode(prompt), len(self._begin())
-        tokens = np.concatenate([tokens[:begin], before, tokens[begin:]])
-        mask = np.concatenate([mask[:begin] * 0, before * 0, mask[begin:]])
+        """(tokens, mask) of plain texts: what comes after the prompt is learned, and the end."""
+        text, begin, end = prompt + completion, self._begin(), self.stop[:1]
+        tokens, mask = self._masked(text, [(len(prompt), len(text))])
+        tokens = np.concatenate([begin, tokens, end]).astype(np.int32)
+        mask = np.concatenate([np.zeros(len(begin)), mask, np.ones(len(end))]).astype(np.int32)
         return tokens, mask
 
     def _begin(self) -> list[int]:
@@ -111,15 +121,40 @@ class ChatTokenizer:
             if message["role"] != "assistant":
                 continue
             before = self._rendered(messages[:i], answer=True)
-            through = self._rendered(messages[: i + 1], answer=False)
-            if not through.startswith(before) or not marked.startswith(through.rstrip()):
+            until = self._end(messages[: i + 1], marked, len(before))
+            if marked.startswith(before) and until is not None:
+                spans.append((len(before), until))
+            elif i < len(messages) - 1:
+                warnings.warn(
+                    f"message {i + 1} of a chat is not learned: the template renders it, or what "
+                    "comes before it, otherwise when more follows",
+                    stacklevel=2,
+                )
+            else:
                 raise TemplateError(
                     f"message {i + 1}: the template renders what comes before it differently "
                     "once it is there, so where it begins is unknown. Expected a template that "
                     "only appends, or one with {% generation %} around what the assistant says."
                 )
-            spans.append((len(before), len(through.rstrip())))
         return marked, spans
+
+    def _end(self, messages: Messages, marked: str, start: int) -> int | None:
+        """Where in a whole chat the last of these messages ends, which begins at `start`."""
+        through = self._rendered(messages, answer=False)
+        asks_again = through == self._rendered(messages, answer=True)
+        if not asks_again and marked.startswith(through.rstrip()):
+            return len(through.rstrip())
+        # Another rendering, or one with the prompt for one more answer: to the mark after it.
+        content = messages[-1]["content"]
+        for said in (content.strip(), content.rpartition("</think>")[2].strip()):
+            at = marked.find(said, start)
+            if at >= 0:
+                rest = marked[at + len(said) :]
+                marks = [self.tokenizer.id_to_token(i) for i in self.stop]
+                mark = next((m for m in marks if rest.lstrip().startswith(m)), "")
+                blank = len(rest) - len(rest.lstrip()) if mark else 0
+                return at + len(said) + blank + len(mark)
+        return None
 
     def _rendered(self, messages: Messages, answer: bool) -> str:
         import jinja2
@@ -131,7 +166,10 @@ class ChatTokenizer:
             )
         try:
             return _compiled(self.template).render(
-                messages=messages, add_generation_prompt=answer, **self.marks
+                messages=messages,
+                add_generation_prompt=answer,
+                strftime_now=self.today.strftime,
+                **self.marks,
             )
         except jinja2.TemplateError as error:
             raise TemplateError(
@@ -162,9 +200,11 @@ def load(directory: str | os.PathLike[str], stop: Sequence[int] = ()) -> ChatTok
     tokenizer.no_truncation()
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
+    beside = directory / "special_tokens_map.json"
+    also = json.loads(beside.read_text()) if beside.is_file() else {}
     marks = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        mark = config.get(name)
+        mark = config.get(name) or also.get(name)
         mark = mark.get("content") if isinstance(mark, dict) else mark
         if mark is not None:
             marks[name] = mark
@@ -214,14 +254,10 @@ def _compiled(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def strftime_now(format: str) -> str:
-        return datetime.datetime.now().strftime(format)
-
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
     _environments[template] = environment.from_string(template)
     return _environments[template]

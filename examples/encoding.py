@@ -17,10 +17,15 @@ def encoded(
     where: str,
 ) -> list[batches.Example]:
     """Rows as tokens, cut to the longest length; says what was cut, and what that left empty."""
-    examples = []
+    examples: list[batches.Example] = []
+    merged = 0
     for row in rows:
         try:
-            examples.append(batches.Example(row.number, *tokens_of(tokenizer, row)))
+            tokens, mask = tokens_of(tokenizer, row)
+            examples.append(batches.Example(row.number, tokens, mask))
+            if row.messages is not None and tokenizer.template is not None:
+                prompt = tokenizer.prompt(row.question)
+                merged += int(not np.array_equal(tokens[: len(prompt)], prompt))
         except chat_template.TemplateError as error:
             raise chat_template.TemplateError(f"{where}: row {row.number}: {error}") from error
     kept, cut, dropped = batches.shortened(examples, length)
@@ -28,10 +33,15 @@ def encoded(
         raise chat_data.DataError(
             f"{where}: no row has an answer within {length} tokens, expected a larger --max-length."
         )
-    tokens = sum(len(e.tokens) for e in kept)
+    count = sum(len(e.tokens) for e in kept)
     learned = sum(int(e.mask[1:].sum()) for e in kept)
-    print(f"{where}: {tokens:,} tokens, {learned:,} of them to be learned", end="")
+    print(f"{where}: {count:,} tokens, {learned:,} of them to be learned", end="")
     print(f"; {cut} rows cut, {dropped} of them left without an answer" if cut else "")
+    if merged:
+        print(
+            f"{where}: the prompts of {merged} rows are other tokens without their answers than "
+            "with them: answers that are generated begin otherwise than those that are learned"
+        )
     return kept
 
 

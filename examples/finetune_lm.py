@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import math
 import shutil
 import signal
@@ -82,6 +83,12 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     dtype = pretrained.dtype_of(settings.dtype)
     base = pretrained.load(settings.model, dtype)
     remat = {"none": None, "layer": ()}.get(settings.remat, settings.remat.split(","))
+    checkpoints = training.Checkpoints(args.out / "checkpoints")
+    done = checkpoints.latest() if args.resume else None
+    begun = {} if done is None else checkpoints.notes(done)
+    today = begun.get("today", datetime.datetime.now().isoformat())  # some templates say it
+    tokenizer = dataclasses.replace(base.tokenizer, today=datetime.datetime.fromisoformat(today))
+    base = base._replace(tokenizer=tokenizer)
     model = llama.Llama(base.config, dtype=dtype, remat=remat)
     layers, width = base.config.num_hidden_layers, base.config.hidden_size
     print(f"{base.source}: {layers} layers of width {width}, in {dtype.__name__}")
@@ -107,15 +114,14 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     data, length = dataset(train_set, settings, base.tokenizer.pad)
     tx, rate = optimizer(settings, len(data))
     state, iterator = training.start(tx, trainable), iter(data.to_iter_dataset())
-    checkpoints = training.Checkpoints(args.out / "checkpoints")
-    done = checkpoints.latest() if args.resume else None
     notes = {
+        "today": today,
         "settings": dataclasses.asdict(settings),
         "rows": batches.digest(train_set),
         "held-out rows": batches.digest(eval_set),
     }
     if done is not None:
-        check_same(notes, checkpoints.notes(done))
+        check_same(notes, begun)
         state = checkpoints.restore(done, state, params, iterator)
         print(f"resumed after step {done} of {len(data)}")
     log = RunLog(args.out / "log.jsonl", done, args.tensorboard)

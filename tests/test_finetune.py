@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import os
@@ -121,8 +122,66 @@ def test_a_template_may_mark_what_the_assistant_says(tokenizer):
     assert learned == "Yes. assistant\n<|im_end|>No.<|im_end|>"
 
 
+# As Qwen3's: what was thought is rendered in the last answer alone.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Llama 3's first: it asks for one more answer in any case.
+ASKING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [
+        (THINKING, "Yes. assistant\n<|im_end|><think>\n\n</think>\n\nNo.<|im_end|>"),
+        (ASKING, "Yes. assistant\n<|im_end|>No.<|im_end|>"),
+    ],
+)
+def test_templates_that_render_turns_otherwise_once_others_follow(tokenizer, template, learned):
+    tokens, mask = with_template(tokenizer, template).chat(CHAT)
+    assert tokenizer.decode(tokens[mask == 1], marks=True) == learned
+
+
+def test_a_token_that_is_partly_the_answer_is_learned():
+    """The mask of Transformers: " Hi" is one token, of the prompt's blank and the answer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<s>": 0, "A:": 1, " Hi": 2, "</s>": 3, "?": 4, " ": 5}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    plain.add_special_tokens(["<s>", "</s>"])
+    plain.pre_tokenizer = pre_tokenizers.Split(" Hi", "isolated")
+    template = "A: {% generation %}{{ messages[0].content }}</s>{% endgeneration %}"
+    made = ChatTokenizer(plain, template, {}, (3,), 3)
+    tokens, mask = made.chat([{"role": "assistant", "content": "Hi"}])
+    assert (tokens.tolist(), mask.tolist()) == ([1, 2, 3], [0, 1, 1])
+
+
+def test_the_date_of_a_template_is_fixed(tokenizer):
+    import dataclasses
+
+    dated = with_template(tokenizer, "{{ strftime_now('%d %b %Y') }}")
+    day = datetime.datetime(2024, 7, 26)
+    assert dataclasses.replace(dated, today=day).render(CHAT) == "26 Jul 2024"
+
+
+def test_marks_of_special_tokens_map(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    eos = config.pop("eos_token")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": eos}}))
+    assert chat_template.load(tmp_path).marks == chat_template.load(folder).marks
+
+
 def test_templates_without_a_mask_are_refused(tokenizer):
-    with pytest.raises(TemplateError, match="message 2: the template renders what comes before"):
+    with (
+        pytest.warns(UserWarning, match="message 2 of a chat is not learned"),
+        pytest.raises(TemplateError, match="message 4: the template renders what comes before"),
+    ):
         with_template(tokenizer, ONE_TURN).chat(CHAT)
     template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(TemplateError, match="no system, please"):
@@ -809,3 +868,6 @@ def test_the_number_metric():
     assert right("2 + 2 = 4\n#### 1,200", "so\n#### 1200")
     assert not right("#### 12", "#### 13")
     assert not right("none", "#### 1")
+    assert not right("I do not know", "no idea")
+    assert right("12.0", "#### 12")
+    assert right("10-3", "3")
