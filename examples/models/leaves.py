@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
@@ -134,8 +135,12 @@ def check(
 
 
 def load(leaf: Leaf, source: Tensors, dtype: Any, sharding: Shardings) -> jax.Array:
-    """A leaf in its dtype (None: the source's) on its devices; of a sharded one, part by part."""
-    dtype = source.dtype(leaf.tensors[0]) if dtype is None else dtype
+    """A leaf in its dtype on its devices; of a sharded one, part by part.
+
+    With None, the source's dtype: for layers of several, the one that holds them all.
+    """
+    if dtype is None:
+        dtype = jnp.result_type(*{source.dtype(tensor) for tensor in leaf.tensors})
 
     def read(tensor: str, part: Part) -> np.ndarray:
         return source.read(tensor, part[::-1]).T if leaf.transposed else source.read(tensor, part)

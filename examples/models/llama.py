@@ -86,6 +86,14 @@ class Config:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
+    def __post_init__(self):
+        slides, layers = self.sliding_layers, self.num_hidden_layers
+        if slides is not None and len(slides) != layers:
+            raise ValueError(
+                f"sliding_layers: got {len(slides)} of them, expected one for each of "
+                f"{layers} layers."
+            )
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer."""
@@ -323,7 +331,7 @@ class Attention(nn.Module):
                 jax.lax.dynamic_index_in_dim(z, layer, keepdims=False).astype(self.dtype)
                 for z in (cache.k, cache.v)
             )
-        window = c.sliding_window if mask is None else None
+        window = c.windows[0] if mask is None else None  # without a mask, all layers' is the same
         attend: Any = partial(
             jax.nn.dot_product_attention,
             is_causal=mask is None,
