@@ -33,6 +33,7 @@ import chat_template
 import encoding
 import generate
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orders_task
@@ -81,6 +82,11 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     prepare(args.out, args.resume, args.overwrite)
     heading("1. The model, the data, the adapter")
     dtype = pretrained.dtype_of(settings.dtype)
+    if settings.attention == "cudnn" and (jax.default_backend(), dtype) != ("gpu", jnp.bfloat16):
+        raise RunError(
+            f"--attention cudnn: got {dtype.__name__} on a {jax.default_backend()}, expected "
+            "bfloat16 on a gpu; xla is for all others."
+        )
     base = pretrained.load(settings.model, dtype)
     remat = {"none": None, "layer": ()}.get(settings.remat, settings.remat.split(","))
     checkpoints = training.Checkpoints(args.out / "checkpoints")
@@ -89,7 +95,8 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
     today = begun.get("today", datetime.datetime.now().isoformat())  # some templates say it
     tokenizer = dataclasses.replace(base.tokenizer, today=datetime.datetime.fromisoformat(today))
     base = base._replace(tokenizer=tokenizer)
-    model = llama.Llama(base.config, dtype=dtype, remat=remat)
+    kernel = None if settings.attention == "xla" else settings.attention
+    model = llama.Llama(base.config, dtype=dtype, remat=remat, implementation=kernel)
     layers, width = base.config.num_hidden_layers, base.config.hidden_size
     print(f"{base.source}: {layers} layers of width {width}, in {dtype.__name__}")
     rows, held_out = load_rows(settings)
@@ -348,7 +355,8 @@ def examination(
     bins, length = batches.bins_of(examples, settings.max_length, settings.packing, settings.seed)
     pairs = [bins[i : i + 2] for i in range(0, len(bins), 2)]
     filled = [batches.fill(pair, 2, length, tokenizer.pad) for pair in pairs]
-    generator = generate.Generator(model, tokenizer.stop, tokenizer.pad)
+    plain = model.clone(implementation=None)  # the flash kernel is for whole rows
+    generator = generate.Generator(plain, tokenizer.stop, tokenizer.pad)
     asked = [row for row in rows if row.messages][: settings.metric_rows]
 
     def measure(params: Any, answers_too: bool = True) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Settings:
     packing: bool = True
     dtype: str = "auto"
     remat: str = "layer"
+    attention: str = "xla"
     metric: str = "none"
     metric_rows: int = 20
     max_new_tokens: int = 128
@@ -83,6 +84,7 @@ HELP = {
     "packing": "several rows in one, each attending to itself",
     "dtype": "of base and arithmetic; auto: bfloat16, on a CPU float32",
     "remat": "what is computed again: none, layer, or all but some names, see models/llama.py",
+    "attention": "xla, or cudnn: the flash kernel of NVIDIA's GPUs, in bfloat16",
     "metric": "of generated answers: exact, number (the last one, as in GSM8K) or none",
     "metric_rows": "how many held-out rows to answer, before and after",
 }
@@ -90,6 +92,7 @@ CHOICES = {
     "quantize": ("nf4", "int8", "none"),
     "schedule": ("cosine", "linear", "constant"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "attention": ("xla", "cudnn"),
     "metric": ("exact", "number", "none"),
 }
 

@@ -859,6 +859,9 @@ def test_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     for option in ([], ["--resume"]):
         assert finetune_lm.main(["--short", "--out", str(tmp_path), *option]) == 2
         assert "has a finished run, expected --overwrite" in capsys.readouterr().err
+    flash = ["--short", "--out", str(tmp_path / "new"), "--attention", "cudnn"]
+    assert finetune_lm.main(flash) == 2
+    assert "expected bfloat16 on a gpu" in capsys.readouterr().err
     assert finetune_lm.main(["--short", "--out", str(log / "below")]) == 2
     assert "log.jsonl/below" in capsys.readouterr().err
 

@@ -372,6 +372,33 @@ LLAMA = {
         ({"model_type": "mistral", "attention_bias": True}, "gives mistral no bias"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias: got True"),
         ({"num_hidden_layers": None}, "num_hidden_layers: got None, expected a positive"),
+        ({"rope_theta": 0}, "rope_theta: got 0, expected a positive number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: got None, expected a positive number"),
+        ({"max_position_embeddings": "x"}, "max_position_embeddings: got 'x', expected a posit"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: got 'false', expected true or"),
+        ({"eos_token_id": "x"}, "eos_token_id: got 'x', expected the number of a token"),
+        ({"rope_scaling": "linear"}, "rope_scaling: got 'linear', expected an object or null"),
+        (
+            {"rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_parameters: got .* and rope_scaling .* expected one of the two",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}, "sliding_attention": {}}},
+            "expected the same for all types of layers",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"] * 2},
+            "layer_types: got .*, expected none",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 2,
+                "max_window_layers": None,
+            },
+            "max_window_layers: got None",
+        ),
         ({"num_key_value_heads": 3}, "num_key_value_heads: got 3, expected a divisor"),
         ({"head_dim": 3}, "head_dim: got 3, expected an even size"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: got 0"),
@@ -384,6 +411,12 @@ LLAMA = {
 def test_configs_that_are_not_computed(fields, words):
     with pytest.raises(ModelError, match=words):
         hf.read_config({**LLAMA, "num_key_value_heads": 2, **fields})
+
+
+def test_rope_of_all_types_of_layers():
+    by_layer = {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}
+    config = hf.read_config({**LLAMA, "rope_parameters": by_layer})
+    assert (config.rope_theta, config.rope_scaling) == (5.0, None)
 
 
 @pytest.fixture

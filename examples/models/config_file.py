@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +40,41 @@ class Fields(NamedTuple):
             if not is_size(self.raw.get(field)):
                 raise self.wrong(field, "a positive integer")
 
+    def check(self, field: str, kind: Kind) -> None:
+        """A field that is there, and not null, is of that kind."""
+        value = self.raw.get(field)
+        if value is not None and not kind.holds(value):
+            raise self.wrong(field, kind.expected)
+
+
+class Kind(NamedTuple):
+    """What a field may be, and how that is said."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 def is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_integer(value) and value > 0
+
+
+def is_positive(value: Any) -> bool:
+    return (is_integer(value) or isinstance(value, float)) and 0 < value < math.inf
+
+
+SIZE = Kind(is_size, "a positive integer")
+COUNT = Kind(lambda value: is_integer(value) and value >= 0, "0 or a positive integer")
+POSITIVE = Kind(is_positive, "a positive number")
+FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
+TOKEN = Kind(is_integer, "the number of a token")
+TOKENS = Kind(
+    lambda value: all(map(is_integer, value if isinstance(value, list | tuple) else [value])),
+    "the number of a token, or a list of them",
+)
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Fields:

@@ -13,7 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.config_file import CONFIG, Fields, is_size
+from models.config_file import (
+    CONFIG,
+    COUNT,
+    FLAG,
+    POSITIVE,
+    SIZE,
+    TOKEN,
+    TOKENS,
+    Fields,
+    Kind,
+    is_positive,
+    is_size,
+)
 from models.errors import ModelError
 from models.leaves import Tensors
 from models.llama import Config, Llama, RopeScaling, names
@@ -56,6 +68,15 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
     "quantization_config": (None,),
 }
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), FLAG),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), POSITIVE),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN),
+    "use_sliding_window": FLAG,
+    "max_position_embeddings": SIZE,
+    "max_window_layers": COUNT,
+    "eos_token_id": TOKENS,
+}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -76,7 +97,12 @@ def read_config(given: Fields) -> Config:
     wrong = given.wrong
     kind = raw["model_type"]
     given.check_only(_ONLY, "llama.py")
+    for field, each in _KINDS.items():
+        given.check(field, each)
     fields = {**_DEFAULTS[kind], **raw}
+    for field in ("rms_norm_eps", "max_window_layers"):  # which Transformers does not replace
+        if field in raw and raw[field] is None:
+            raise wrong(field, _KINDS[field].expected)
     sizes = [f for f in ("num_key_value_heads", "head_dim") if fields.get(f) is not None]
     Fields(fields, where).check_sizes([*_REQUIRED, *sizes])
     heads = fields["num_attention_heads"]
@@ -124,8 +150,28 @@ def read_config(given: Fields) -> Config:
 
 def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, RopeScaling | None]:
     """theta and the scaling, from `rope_parameters` (Transformers 5) or `rope_scaling`."""
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    names = [name for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    odd = [name for name in names if not isinstance(fields[name], Mapping)]
+    if odd:
+        raise ModelError(f"{where}: {odd[0]}: got {fields[odd[0]]!r}, expected an object or null.")
+    if len(names) == 2 and fields[names[0]] != fields[names[1]]:
+        raise ModelError(
+            f"{where}: rope_parameters: got {fields[names[0]]!r}, and rope_scaling "
+            f"{fields[names[1]]!r}, expected one of the two."
+        )
+    name = names[0] if names else "rope_scaling"
     given = fields.get(name) or {}
+    by_layer = [value for value in given.values() if isinstance(value, Mapping)]
+    if by_layer:  # by type of layer
+        if len(by_layer) < len(given) or any(value != by_layer[0] for value in by_layer):
+            raise ModelError(
+                f"{where}: {name}: got {given!r}, expected the same for all types of layers, "
+                "which is all that models/llama.py computes."
+            )
+        given = by_layer[0]
+    for key in ("rope_theta", "original_max_position_embeddings"):
+        if given.get(key) is not None and not is_positive(given[key]):
+            raise ModelError(f"{where}: {name}: got {given!r}, expected a positive {key}.")
     theta = float(given.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = given.get("rope_type", given.get("type", "default"))
     if given.get("partial_rotary_factor", 1.0) != 1.0:
@@ -137,7 +183,7 @@ def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, R
         raise ModelError(
             f"{where}: {name}: got type {kind!r}, expected one of default, {', '.join(keys)}."
         )
-    missing = [key for key in keys[kind] if not _is_positive(given.get(key))]
+    missing = [key for key in keys[kind] if not is_positive(given.get(key))]
     if missing:
         missing = [f"a positive {key}" for key in missing]
         raise ModelError(f"{where}: {name}: got {given!r}, expected {', '.join(missing)}.")
@@ -155,10 +201,6 @@ def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, R
     )
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
 def _windows(
     kind: str, fields: Mapping[str, Any], where: str
 ) -> tuple[int | None, tuple[bool, ...] | None]:
@@ -172,10 +214,15 @@ def _windows(
         raise ModelError(
             f"{where}: sliding_window: got {window!r}, expected a positive integer or null."
         )
-    if kind == "mistral":
-        return window, None
     layers = fields["num_hidden_layers"]
     types = fields.get("layer_types")
+    if kind == "mistral":
+        if types is not None and set(types) != {"sliding_attention"}:
+            raise ModelError(
+                f"{where}: layer_types: got {types!r}, expected none: Transformers gives all "
+                "layers of mistral the window."
+            )
+        return window, None
     if types is None:
         types = [
             "sliding_attention" if i >= fields["max_window_layers"] else "full_attention"
