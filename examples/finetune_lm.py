@@ -8,8 +8,8 @@ You will see, in this order: the model and its adapter; the loss on held-out row
 training; and then the adapter saved, for jaxlora and for PEFT, read again, merged, and exported
 as a model that Transformers opens, whose loss and answers are the table's last column.
 
-A run that ends early, by SIGTERM, SIGKILL or a power cut, goes on with `--resume`, to the same
-bits.
+A run that ends early, by Ctrl-C, SIGTERM, SIGKILL or a power cut, goes on with `--resume`, to the
+same bits.
 """
 
 from __future__ import annotations
@@ -154,8 +154,9 @@ def run(settings: Settings, args: argparse.Namespace) -> int:
                 checkpoints.save(state, frozen, iterator, notes)
             if terminated.asked:
                 checkpoints.close()
-                print(f"\nSIGTERM: saved after step {at}; the same command with --resume goes on")
-                return 128 + signal.SIGTERM
+                name = signal.Signals(terminated.asked).name
+                print(f"\n{name}: saved after step {at}; the same command with --resume goes on")
+                return 128 + terminated.asked
     checkpoints.close()
 
     heading("4. Saved, read again, merged, exported")
@@ -289,20 +290,27 @@ def train(
 
 
 class Terminated:
-    """While it is entered, SIGTERM only sets `asked`: the step that runs is finished, and saved."""
+    """While it is entered, SIGTERM and Ctrl-C only set `asked`: the step is finished, and saved.
+
+    A second one ends it at once.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
 
     def __enter__(self) -> Terminated:
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        signals = signal.SIGTERM, signal.SIGINT
+        self._before = {each: signal.signal(each, self._ask) for each in signals}
         return self
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def _ask(self, number: int, _: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = number
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for each, before in self._before.items():
+            signal.signal(each, before)
 
 
 PRODUCTS = "checkpoints", "adapter", "peft", "model", "log.jsonl", "loss.png"
@@ -316,6 +324,12 @@ def prepare(out: Path, resume: bool, overwrite: bool) -> None:
     if resume and finished:
         raise RunError(f"{out}: has a finished run, expected --overwrite, or another --out.")
     if not resume:
+        there = [name for name in PRODUCTS if (out / name).exists()]
+        if there and not (log.is_file() and log.read_text()[:18] in ("", '{"event": "start",')):
+            raise RunError(
+                f"{out}: has {', '.join(there)}, and no log of a run of this; expected an --out of "
+                "its own: they would be replaced."
+            )
         if saved and not overwrite:
             way = "--overwrite" if finished else "--resume to go on with it, --overwrite"
             what = "a finished run" if finished else "an unfinished run"
@@ -323,6 +337,9 @@ def prepare(out: Path, resume: bool, overwrite: bool) -> None:
         for path in (out / name for name in PRODUCTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    if resume and not saved:
+        print(f"{checkpoints}: has no step to resume from; begins at step 0")
 
 
 def check_same(notes: dict[str, Any], begun: dict[str, Any]) -> None:

@@ -238,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
         params = pretrained.quantized(params, args.quantize)
     if args.adapter is not None:
         params = with_adapter(params, base.config, args.adapter)
-        print(jaxlora.summary(params).splitlines()[-1])
+        print(*(s for s in jaxlora.summary(params).splitlines() if " parameters train" in s))
         if args.merge:
             params = jaxlora.merge(params)
     tokenizer = base.tokenizer

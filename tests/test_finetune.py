@@ -852,10 +852,15 @@ def test_settings_that_make_no_sense(options, said, capsys):
 def test_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     log = tmp_path / "log.jsonl"
+    for foreign in (None, "2026-11-23 my own log"):
+        if foreign:
+            log.write_text(foreign)
+        assert finetune_lm.main(["--short", "--out", str(tmp_path), "--overwrite"]) == 2
+        assert "and no log of a run of this" in capsys.readouterr().err
     log.write_text('{"event": "start", "step": 0}\n')
     assert finetune_lm.main(["--short", "--out", str(tmp_path)]) == 2
     assert "has an unfinished run, expected --resume" in capsys.readouterr().err
-    log.write_text('{"event": "end", "step": 3}\n')
+    log.write_text(log.read_text() + '{"event": "end", "step": 3}\n')
     for option in ([], ["--resume"]):
         assert finetune_lm.main(["--short", "--out", str(tmp_path), *option]) == 2
         assert "has a finished run, expected --overwrite" in capsys.readouterr().err
