@@ -32,7 +32,7 @@ from jaxlora import peft
 pytest.importorskip("pooch", reason="needs the examples extra")
 pytest.importorskip("safetensors", reason="needs the examples extra")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-from models import hf, leaves, llama, smollm2
+from models import hf, hub, leaves, llama, smollm2
 from models.hf import ModelError
 
 REFERENCES = llama_models.references()
@@ -378,6 +378,15 @@ LLAMA = {
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings: got 'false', expected true or"),
         ({"eos_token_id": "x"}, "eos_token_id: got 'x', expected the number of a token"),
         ({"rope_scaling": "linear"}, "rope_scaling: got 'linear', expected an object or null"),
+        ({"rope_scaling": []}, r"rope_scaling: got \[\], expected an object or null"),
+        ({"rope_scaling": {"type": ["linear"]}}, r"got type \['linear'\], expected one of"),
+        (
+            {"rope_scaling": {"type": "llama3", "original_max_position_embeddings": 8.5}},
+            "expected a positive integer as original_max_position_embeddings",
+        ),
+        ({"original_max_position_embeddings": "x"}, "original_max_position_embeddings: got 'x'"),
+        ({"model_type": "mistral", "layer_types": 5}, "layer_types: got 5, expected a list of na"),
+        ({"model_type": "qwen2", "layer_types": [{}, "x"]}, "layer_types: got .* a list of names"),
         (
             {"rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 1e6}},
             "rope_parameters: got .* and rope_scaling .* expected one of the two",
@@ -417,6 +426,23 @@ def test_rope_of_all_types_of_layers():
     by_layer = {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}
     config = hf.read_config({**LLAMA, "rope_parameters": by_layer})
     assert (config.rope_theta, config.rope_scaling) == (5.0, None)
+
+
+@pytest.mark.parametrize(
+    ("beside", "inside", "expected"),
+    # Transformers 5.x: the third frequency, 0.01 by itself, is 0.00125, 0.00125 and 0.01.
+    [(256, 64, 256), (None, 64, 64), (None, None, 131072)],
+)
+def test_original_positions_beside_the_scaling(beside, inside, expected):
+    scaling = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+    sizes = {"max_position_embeddings": 131072, "hidden_size": 16}
+    name = "original_max_position_embeddings"
+    config = hf.read_config(
+        {**LLAMA, **sizes, name: beside, "rope_scaling": {**scaling, name: inside}}
+    )
+    assert config.rope_scaling.original_max_position_embeddings == expected
+    third = 0.01 if expected == 131072 else 0.00125
+    np.testing.assert_allclose(llama.inverse_frequencies(config)[2], third, rtol=1e-6)
 
 
 @pytest.fixture
@@ -490,7 +516,7 @@ def test_files_that_are_not_there(broken, tmp_path, monkeypatch):
 
 
 def test_hub_names(monkeypatch, folder):
-    hub = pytest.importorskip("huggingface_hub", reason="needs the examples extra")
+    theirs = pytest.importorskip("huggingface_hub", reason="needs the examples extra")
     asked = []
 
     def snapshot_download(name: str, revision: Any, **patterns: Sequence[str]) -> str:
@@ -499,13 +525,41 @@ def test_hub_names(monkeypatch, folder):
             raise OSError("offline")
         return str(folder / "qwen3")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(theirs, "snapshot_download", snapshot_download)
     config, params = loaded("qwen3", folder)
     again, same = hf.load("me/qwen", revision="main")
     assert (again, asked) == (config, [("me/qwen", "main")])
     assert_same(same, params)
     with pytest.raises(ModelError, match="the hub gave none: OSError: offline"):
         hf.load("me/gone")
+
+
+def test_what_a_hub_model_without_weights_has(monkeypatch, tmp_path):
+    theirs = pytest.importorskip("huggingface_hub", reason="needs the examples extra")
+    files = ["pytorch_model.bin", *(f"onnx/{i}.onnx" for i in range(30))]
+    monkeypatch.setattr(theirs, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(theirs.HfApi, "list_repo_files", lambda *_, **__: files)
+    with pytest.raises(
+        ModelError, match=r"me/old: has no model\*.safetensors.* It has pytorch_model.bin.*11 more"
+    ):
+        hf.load("me/old")
+
+
+def test_what_is_fetched_of_a_hub_model():
+    utils = pytest.importorskip("huggingface_hub.utils", reason="needs the examples extra")
+    read = [
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ]
+    others = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json"]
+    patterns = {"allow_patterns": hub._PATTERNS, "ignore_patterns": hub._NOT}
+    assert list(utils.filter_repo_objects([*others, *read], **patterns)) == read
 
 
 def test_saving_what_is_no_model(folder, tmp_path):

@@ -70,6 +70,10 @@ SIZE = Kind(is_size, "a positive integer")
 COUNT = Kind(lambda value: is_integer(value) and value >= 0, "0 or a positive integer")
 POSITIVE = Kind(is_positive, "a positive number")
 FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
+NAMES = Kind(
+    lambda value: isinstance(value, list | tuple) and all(isinstance(v, str) for v in value),
+    "a list of names",
+)
 TOKEN = Kind(is_integer, "the number of a token")
 TOKENS = Kind(
     lambda value: all(map(is_integer, value if isinstance(value, list | tuple) else [value])),

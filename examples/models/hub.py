@@ -9,8 +9,9 @@ from pathlib import Path
 from models.errors import ModelError
 
 # No folders, and no second copies of the weights, such as Mistral's consolidated.safetensors.
+_WEIGHTS = "model*.safetensors"
 _PATTERNS = [
-    "model*.safetensors",
+    _WEIGHTS,
     "model.safetensors.index.json",
     "*config.json",
     "tokenizer.json",
@@ -21,7 +22,11 @@ _NOT = ["*/*"]
 
 
 def fetch(model: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The directory itself, or, of a hub name, one in the cache with that model's files."""
+    """The directory itself, or, of a hub name, one in the cache with that model's files.
+
+    Raises:
+      ModelError: it is neither, the hub cannot be reached, or its model has no such weights.
+    """
     directory = Path(model)
     if directory.is_dir():
         return directory
@@ -31,15 +36,23 @@ def fetch(model: str | os.PathLike[str], revision: str | None = None) -> Path:
             f"{name}: is no directory, and no hub name, expected for instance "
             "'HuggingFaceTB/SmolLM2-135M-Instruct'."
         )
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
     try:
-        return Path(
-            snapshot_download(
+        directory = Path(
+            huggingface_hub.snapshot_download(
                 name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_NOT
             )
         )
+        if any(directory.glob(_WEIGHTS)):
+            return directory
+        listed = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
     except Exception as error:  # of the network, of the hub, of the cache: theirs are many
         raise ModelError(
             f"{name}: is no directory here, and the hub gave none: {type(error).__name__}: {error}"
         ) from error
+    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+    raise ModelError(
+        f"{name}: has no {_WEIGHTS}, expected the files that Transformers' save_pretrained writes. "
+        f"It has {', '.join(listed[:20])}{more}."
+    )

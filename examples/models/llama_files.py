@@ -17,6 +17,7 @@ from models.config_file import (
     CONFIG,
     COUNT,
     FLAG,
+    NAMES,
     POSITIVE,
     SIZE,
     TOKEN,
@@ -73,8 +74,9 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("rope_theta", "rms_norm_eps"), POSITIVE),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN),
     "use_sliding_window": FLAG,
-    "max_position_embeddings": SIZE,
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), SIZE),
     "max_window_layers": COUNT,
+    "layer_types": NAMES,
     "eos_token_id": TOKENS,
 }
 _REQUIRED = (
@@ -150,10 +152,11 @@ def read_config(given: Fields) -> Config:
 
 def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, RopeScaling | None]:
     """theta and the scaling, from `rope_parameters` (Transformers 5) or `rope_scaling`."""
-    names = [name for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    names = [name for name in ("rope_parameters", "rope_scaling") if fields.get(name) is not None]
     odd = [name for name in names if not isinstance(fields[name], Mapping)]
     if odd:
         raise ModelError(f"{where}: {odd[0]}: got {fields[odd[0]]!r}, expected an object or null.")
+    names = [name for name in names if fields[name]]
     if len(names) == 2 and fields[names[0]] != fields[names[1]]:
         raise ModelError(
             f"{where}: rope_parameters: got {fields[names[0]]!r}, and rope_scaling "
@@ -169,9 +172,9 @@ def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, R
                 "which is all that models/llama.py computes."
             )
         given = by_layer[0]
-    for key in ("rope_theta", "original_max_position_embeddings"):
-        if given.get(key) is not None and not is_positive(given[key]):
-            raise ModelError(f"{where}: {name}: got {given!r}, expected a positive {key}.")
+    for key, each in (("rope_theta", POSITIVE), ("original_max_position_embeddings", SIZE)):
+        if given.get(key) is not None and not each.holds(given[key]):
+            raise ModelError(f"{where}: {name}: got {given!r}, expected {each.expected} as {key}.")
     theta = float(given.get("rope_theta") or fields.get("rope_theta") or 10000.0)
     kind = given.get("rope_type", given.get("type", "default"))
     if given.get("partial_rotary_factor", 1.0) != 1.0:
@@ -179,7 +182,7 @@ def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, R
     if kind == "default":
         return theta, None
     keys = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    if kind not in keys:
+    if not isinstance(kind, str) or kind not in keys:
         raise ModelError(
             f"{where}: {name}: got type {kind!r}, expected one of default, {', '.join(keys)}."
         )
@@ -193,11 +196,11 @@ def _rope(fields: Mapping[str, Any], longest: int, where: str) -> tuple[float, R
         )
     if kind == "linear":
         return theta, RopeScaling(kind=kind, factor=float(given["factor"]))
-    original = given.get("original_max_position_embeddings") or longest
+    key = "original_max_position_embeddings"  # Transformers prefers the one beside, as in Phi's
     return theta, RopeScaling(
         kind=kind,
-        original_max_position_embeddings=int(original),
-        **{key: float(given[key]) for key in keys[kind]},
+        original_max_position_embeddings=fields.get(key) or given.get(key) or longest,
+        **{field: float(given[field]) for field in keys[kind]},
     )
 
 
