@@ -15,12 +15,13 @@ from chat_template import ChatTokenizer
 
 
 def _last_number(text: str) -> Decimal | None:
-    """After '####' as in GSM8K, else the last one. The minus of "10-3" is none.
+    """After '####' as in GSM8K, else the last one. The minus of "10-3" and of "GPT-3" is none.
 
     >>> _last_number("so 2 + 3 = 5. #### 1,200.0") == 1200
     True
     """
-    numbers = re.findall(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
+    number = r"(?:(?<!\w)-)?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)"  # .5 is one, not in "...5"
+    numbers = re.findall(number, text.rpartition("####")[2])
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 

@@ -121,7 +121,7 @@ class ChatTokenizer:
             if message["role"] != "assistant":
                 continue
             before = self._rendered(messages[:i], answer=True)
-            until = self._end(messages[: i + 1], marked, len(before))
+            until = self._end(messages, i, marked, len(before))
             if marked.startswith(before) and until is not None:
                 spans.append((len(before), until))
             elif i < len(messages) - 1:
@@ -138,23 +138,29 @@ class ChatTokenizer:
                 )
         return marked, spans
 
-    def _end(self, messages: Messages, marked: str, start: int) -> int | None:
-        """Where in a whole chat the last of these messages ends, which begins at `start`."""
-        through = self._rendered(messages, answer=False)
-        asks_again = through == self._rendered(messages, answer=True)
+    def _end(self, messages: Messages, i: int, marked: str, start: int) -> int | None:
+        """Where in the whole chat message `i` ends, which begins at `start`."""
+        through = self._rendered(messages[: i + 1], answer=False)
+        asks_again = through == self._rendered(messages[: i + 1], answer=True)
         if not asks_again and marked.startswith(through.rstrip()):
             return len(through.rstrip())
-        # Another rendering, or one with the prompt for one more answer: to the mark after it.
-        content = messages[-1]["content"]
-        for said in (content.strip(), content.rpartition("</think>")[2].strip()):
-            at = marked.find(said, start)
-            if at >= 0:
-                rest = marked[at + len(said) :]
-                marks = [self.tokenizer.id_to_token(i) for i in self.stop]
-                mark = next((m for m in marks if rest.lstrip().startswith(m)), "")
-                blank = len(rest) - len(rest.lstrip()) if mark else 0
-                return at + len(said) + blank + len(mark)
-        return None
+        # Another rendering, or one with the prompt for one more answer: to the mark after what is
+        # said. A search for its words could find them where another turn quotes them, so the chat
+        # is rendered once more with noncharacters around them.
+        thought, closing, said = messages[i]["content"].rpartition("</think>")
+        first = len(said) - len(said.lstrip())
+        last = max(first, len(said.rstrip()))
+        around = thought + closing + said[:first] + _BEGIN + said[first:last] + _END + said[last:]
+        again = [*messages[:i], {**messages[i], "content": around}, *messages[i + 1 :]]
+        found = self._rendered(again, answer=False)
+        same = found.replace(_BEGIN, "").replace(_END, "") == marked
+        if not same or _END not in found or found.find(_BEGIN) < start:
+            return None
+        end = len(found.partition(_END)[0].replace(_BEGIN, ""))
+        rest = marked[end:]
+        marks = [self.tokenizer.id_to_token(i) for i in self.stop]
+        mark = next((m for m in marks if rest.lstrip().startswith(m)), "")
+        return end + (len(rest) - len(rest.lstrip()) + len(mark) if mark else 0)
 
     def _rendered(self, messages: Messages, answer: bool) -> str:
         import jinja2
@@ -202,9 +208,11 @@ def load(directory: str | os.PathLike[str], stop: Sequence[int] = ()) -> ChatTok
     config = json.loads(path.read_text()) if path.is_file() else {}
     beside = directory / "special_tokens_map.json"
     also = json.loads(beside.read_text()) if beside.is_file() else {}
+    # As in Transformers, the map goes first, but for configs that list their added tokens.
+    sources = (config, also) if "added_tokens_decoder" in config else (also, config)
     marks = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        mark = config.get(name) or also.get(name)
+        mark = sources[0].get(name) or sources[1].get(name)
         mark = mark.get("content") if isinstance(mark, dict) else mark
         if mark is not None:
             marks[name] = mark

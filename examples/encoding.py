@@ -23,8 +23,8 @@ def encoded(
         try:
             tokens, mask = tokens_of(tokenizer, row)
             examples.append(batches.Example(row.number, tokens, mask))
-            if row.messages is not None and tokenizer.template is not None:
-                prompt = tokenizer.prompt(row.question)
+            if row.messages is not None:
+                prompt = prompt_of(tokenizer, row)
                 merged += int(not np.array_equal(tokens[: len(prompt)], prompt))
         except chat_template.TemplateError as error:
             raise chat_template.TemplateError(f"{where}: row {row.number}: {error}") from error
@@ -56,7 +56,7 @@ def tokens_of(
 
 
 def prompt_of(tokenizer: chat_template.ChatTokenizer, row: chat_data.Row) -> np.ndarray:
+    """What is asked; its tokens know nothing of the answer, as generate.py's."""
     if tokenizer.template is None:
-        tokens, mask = tokens_of(tokenizer, row)
-        return tokens[mask == 0]
+        return tokenizer.text(row.question[0]["content"])[0][:-1]
     return tokenizer.prompt(row.question)

@@ -31,6 +31,7 @@ import answers
 import batches
 import chat_data
 import chat_template
+import encoding
 import finetune_lm
 import generate
 import orders_task
@@ -145,18 +146,48 @@ def test_templates_that_render_turns_otherwise_once_others_follow(tokenizer, tem
     assert tokenizer.decode(tokens[mask == 1], marks=True) == learned
 
 
-def test_a_token_that_is_partly_the_answer_is_learned():
-    """The mask of Transformers: " Hi" is one token, of the prompt's blank and the answer."""
+def test_an_answer_that_is_left_out_is_not_learned_where_it_is_quoted(tokenizer):
+    hiding = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if m.role == 'user' or loop.last else '...' }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    said = ("Hi", "Paris", "You said Paris?", "Paris")
+    roles = ("user", "assistant") * 2
+    chat = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+    with pytest.warns(UserWarning, match="message 2 of a chat is not learned"):
+        tokens, mask = with_template(tokenizer, hiding).chat(chat)
+    assert tokenizer.decode(tokens[mask == 1], marks=True) == "Paris<|im_end|>"
+
+
+def merging(template: str | None) -> ChatTokenizer:
+    """Where " Hi" is one token, of the prompt's blank and the answer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {"<s>": 0, "A:": 1, " Hi": 2, "</s>": 3, "?": 4, " ": 5}
+    vocabulary = {"<s>": 0, "A:": 1, " Hi": 2, "</s>": 3, "?": 4, "A: ": 5}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     plain.add_special_tokens(["<s>", "</s>"])
     plain.pre_tokenizer = pre_tokenizers.Split(" Hi", "isolated")
-    template = "A: {% generation %}{{ messages[0].content }}</s>{% endgeneration %}"
-    made = ChatTokenizer(plain, template, {}, (3,), 3)
+    return ChatTokenizer(plain, template, {}, (3,), 3)
+
+
+def test_a_token_that_is_partly_the_answer_is_learned():
+    """The mask of Transformers."""
+    made = merging("A: {% generation %}{{ messages[0].content }}</s>{% endgeneration %}")
     tokens, mask = made.chat([{"role": "assistant", "content": "Hi"}])
     assert (tokens.tolist(), mask.tolist()) == ([1, 2, 3], [0, 1, 1])
+    tokens, mask = merging(None).completion("A: ", "Hi")
+    assert (tokens.tolist(), mask.tolist()) == ([1, 2, 3], [0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "template", [None, "A: {% for m in messages[1:] %}{{ m.content }}</s>{% endfor %}"]
+)
+def test_prompts_do_not_depend_on_the_answer_and_it_is_said(template, capsys):
+    row = chat_data.row({"prompt": "A: ", "completion": "Hi"}, 1, "data")
+    assert encoding.prompt_of(merging(template), row).tolist() == [5]
+    encoding.encoded(merging(template), [row], 9, "data")
+    assert "the prompts of 1 rows are other tokens without" in capsys.readouterr().out
 
 
 def test_the_date_of_a_template_is_fixed(tokenizer):
@@ -175,6 +206,13 @@ def test_marks_of_special_tokens_map(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": eos}}))
     assert chat_template.load(tmp_path).marks == chat_template.load(folder).marks
+    # Both have one: Transformers takes the map's, but where the config lists its added tokens.
+    config["eos_token"] = "<|endoftext|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert chat_template.load(tmp_path).marks["eos_token"] == eos == "<|im_end|>"
+    config["added_tokens_decoder"] = {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert chat_template.load(tmp_path).marks["eos_token"] == "<|endoftext|>"
 
 
 def test_templates_without_a_mask_are_refused(tokenizer):
@@ -879,3 +917,7 @@ def test_the_number_metric():
     assert not right("I do not know", "no idea")
     assert right("12.0", "#### 12")
     assert right("10-3", "3")
+    assert right("GPT-3", "3")
+    assert right("x = -3", "-3")
+    assert right("It is .5", "0.5")
+    assert right("so...42", "42")
