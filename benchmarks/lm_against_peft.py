@@ -40,10 +40,9 @@ CELLS = [
     for targets in TARGETS
 ]
 RATE = 2e-4
-# jaxlora's contestants: what `Llama(remat=...)` keeps for the backward pass.
-SOME = "q_proj", "k_proj", "v_proj", "attention", "residual", "gate_proj", "up_proj"
-REMAT = {"jaxlora": None, "jaxlora, remat of some": SOME, "jaxlora, remat": ()}
-CONTESTANTS = ("PEFT", "PEFT, checkpointing", "by hand", *REMAT)
+# jaxlora's differ in what `Llama(remat=...)` keeps for the backward pass: all, `SAVEABLE`, nothing.
+OURS = ("jaxlora", "jaxlora, remat of some", "jaxlora, remat")
+CONTESTANTS = ("PEFT", "PEFT, checkpointing", "by hand", *OURS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ def by_hand_side(model: str, cell: str) -> None:
     serve(step)
 
 
-def jaxlora_side(model: str, cell: str, remat: Any) -> None:
+def jaxlora_side(model: str, cell: str, name: str) -> None:
     """The step of examples/training.py."""
     import jax
     import jax.numpy as jnp
@@ -156,8 +155,8 @@ def jaxlora_side(model: str, cell: str, remat: Any) -> None:
 
     import jaxlora
 
-    rank, targets, tokens, name = batch_of(cell, json.loads(_config(model))["vocab_size"])
-    dtype = getattr(jnp, name)
+    rank, targets, tokens, of = batch_of(cell, json.loads(_config(model))["vocab_size"])
+    dtype, remat = getattr(jnp, of), dict(zip(OURS, (None, llama.SAVEABLE, ()), strict=True))[name]
     config, params = hf.load(model, dtype=dtype)
     settings = jaxlora.LoraConfig(
         rank=rank, alpha=2 * rank, targets=targets, roles=llama.ROLES, dtype=jnp.float32
@@ -308,6 +307,6 @@ if __name__ == "__main__":
         elif side == "by hand":
             by_hand_side(model, cell)
         else:
-            jaxlora_side(model, cell, REMAT[side])
+            jaxlora_side(model, cell, side)
     else:
         main()

@@ -190,7 +190,7 @@ def _flat(
     labels, weights = jnp.asarray(labels), jnp.asarray(weights, jnp.float32)
     if not labels.shape == weights.shape == hidden.shape[:-1] or labels.size == 0:
         raise ValueError(
-            f"cross_entropy: got hidden {hidden.shape}, labels {labels.shape} and weights "
+            f"chunked_loss: got hidden {hidden.shape}, labels {labels.shape} and weights "
             f"{weights.shape}, expected (..., D) and twice (...), of one token at least."
         )
     labels = jnp.where(weights != 0, labels, 0)

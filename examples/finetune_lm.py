@@ -243,7 +243,7 @@ class Now(NamedTuple):
 
 
 class NonFinite(Exception):
-    """A loss or a gradient that is no number."""
+    """A loss, a gradient or an adapter that is no number."""
 
 
 def train(
