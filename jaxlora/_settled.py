@@ -2,9 +2,9 @@
 
 The gradient of an adapter's second factor sums the cotangent g of the layer's output over tokens,
 h^T g, and JAX transposes g for it. XLA on CPUs would rather compute g anew, element by element, in
-the transposed order (for a SwiGLU, from five arrays, each read against its order), which takes
-longer than the matmul: 28% of a train step of SmolLM2 with adapters on all layers. g itself is
-needed in any case, for the gradient of the layer's input.
+the transposed order (for a SwiGLU, from five arrays, each read against its order): 14% of a train
+step of SmolLM2 with adapters on all layers on JAX 0.12, 2% on 0.10. g itself is needed in any case,
+for the gradient of the layer's input.
 """
 
 from __future__ import annotations
